@@ -1,0 +1,157 @@
+"""The error contract: one class per condition, each with a stable code, an exit status and a page of its own.
+
+::
+
+    WardenError
+    ├── InputError                        INPUT_     what was asked for is wrong
+    │   ├── UsageError                    INPUT_VALIDATION_FAILED
+    │   ├── ConfigNotFoundError           INPUT_CONFIG_NOT_FOUND
+    │   ├── RunNotFoundError              INPUT_RUN_NOT_FOUND
+    │   ├── UnknownCodeError              INPUT_UNKNOWN_CODE
+    │   └── DatasetError                  INPUT_DATASET_INVALID
+    │       ├── DatasetNotFoundError      INPUT_DATASET_NOT_FOUND
+    │       ├── DatasetParseError         INPUT_DATASET_PARSE_FAILED
+    │       ├── DatasetValidationError    INPUT_DATASET_VALIDATION_FAILED
+    │       └── DatasetFormatError        INPUT_DATASET_FORMAT_UNSUPPORTED
+    ├── ConfigError                       CONFIG_    what was configured is wrong
+    │   ├── ConfigurationError            CONFIG_INVALID
+    │   ├── InvalidSettingError           CONFIG_INVALID_SETTING
+    │   └── ResumeMismatchError           CONFIG_RESUME_MISMATCH
+    ├── DependencyError                   DEP_       something from outside is missing
+    │   ├── ModelLoadError                DEP_MODEL_LOAD_FAILED
+    │   ├── GPUNotAvailableError          DEP_GPU_NOT_AVAILABLE
+    │   ├── FSDPUnavailableError          DEP_FSDP_UNAVAILABLE
+    │   ├── MLXUnavailableError           DEP_MLX_UNAVAILABLE
+    │   └── RequirementUnmetError         DEP_REQUIREMENT_UNMET
+    ├── RunError                          RUNTIME_   the run itself ended early
+    │   ├── TrainingError                 RUNTIME_TRAINING_FAILED
+    │   ├── TrainingAbortedError          RUNTIME_TRAINING_ABORTED
+    │   ├── GPUMemoryError                RUNTIME_GPU_OOM
+    │   ├── SplitRefusedError             RUNTIME_SPLIT_REFUSED
+    │   ├── NaNLossError                  RUNTIME_NAN_LOSS
+    │   ├── DiskFullError                 RUNTIME_DISK_FULL
+    │   ├── FP8UnsupportedError           RUNTIME_FP8_UNSUPPORTED
+    │   ├── GPUTemperatureError           RUNTIME_GPU_TEMPERATURE_CRITICAL
+    │   ├── GPUMonitoringError            RUNTIME_GPU_MONITORING_FAILED
+    │   └── GPUError                      RUNTIME_GPU_ERROR
+    ├── StateError                        STATE_     what lies on disk cannot be used
+    │   ├── CheckpointError               STATE_CHECKPOINT_INVALID
+    │   ├── CheckpointNotFoundError       STATE_CHECKPOINT_NOT_FOUND
+    │   ├── RunExistsError                STATE_RUN_EXISTS
+    │   ├── RunLockedError                STATE_RUN_LOCKED
+    │   └── LedgerError                   STATE_LEDGER_INVALID
+    └── InternalError                     INTERNAL_ERROR
+
+Standard library only: an error must be raisable where nothing else works.
+"""
+
+from __future__ import annotations
+
+from .base import Retry, WardenError
+from .capability import FP8UnsupportedError, FSDPUnavailableError, MLXUnavailableError, RequirementUnmetError
+from .config import ConfigurationError, InvalidSettingError, ResumeMismatchError
+from .dependencies import GPUNotAvailableError, ModelLoadError
+from .exits import EXIT_STATUSES
+from .explain import (
+    describe,
+    explain_all_json,
+    explain_all_text,
+    explain_json,
+    explain_markdown,
+    explain_text,
+    lookup,
+)
+from .failure import failure_text
+from .families import ConfigError, DependencyError, InputError, RunError, StateError
+from .hardware import GPUError, GPUMonitoringError, GPUTemperatureError
+from .hook import install_excepthook
+from .inputs import (
+    ConfigNotFoundError,
+    DatasetError,
+    DatasetFormatError,
+    DatasetNotFoundError,
+    DatasetParseError,
+    DatasetValidationError,
+    RunNotFoundError,
+    UnknownCodeError,
+    UsageError,
+)
+from .internal import InternalError
+from .profiles import ExitProfile, exit_status, resolve_profile
+from .redaction import dropped_fields, redact, redact_value
+from .registry import registry
+from .runtime import (
+    DiskFullError,
+    GPUMemoryError,
+    NaNLossError,
+    SplitRefusedError,
+    TrainingAbortedError,
+    TrainingError,
+)
+from .state import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    LedgerError,
+    RunExistsError,
+    RunLockedError,
+)
+
+__all__ = [
+    "EXIT_STATUSES",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "ConfigNotFoundError",
+    "ConfigurationError",
+    "DatasetError",
+    "DatasetFormatError",
+    "DatasetNotFoundError",
+    "DatasetParseError",
+    "DatasetValidationError",
+    "DependencyError",
+    "DiskFullError",
+    "ExitProfile",
+    "FP8UnsupportedError",
+    "FSDPUnavailableError",
+    "GPUError",
+    "GPUMemoryError",
+    "GPUMonitoringError",
+    "GPUNotAvailableError",
+    "GPUTemperatureError",
+    "InputError",
+    "InternalError",
+    "InvalidSettingError",
+    "LedgerError",
+    "MLXUnavailableError",
+    "ModelLoadError",
+    "NaNLossError",
+    "RequirementUnmetError",
+    "ResumeMismatchError",
+    "Retry",
+    "RunError",
+    "RunExistsError",
+    "RunLockedError",
+    "RunNotFoundError",
+    "SplitRefusedError",
+    "StateError",
+    "TrainingAbortedError",
+    "TrainingError",
+    "UnknownCodeError",
+    "UsageError",
+    "WardenError",
+    "describe",
+    "dropped_fields",
+    "exit_status",
+    "explain_all_json",
+    "explain_all_text",
+    "explain_json",
+    "explain_markdown",
+    "explain_text",
+    "failure_text",
+    "install_excepthook",
+    "lookup",
+    "redact",
+    "redact_value",
+    "registry",
+    "resolve_profile",
+]

@@ -1,0 +1,205 @@
+"""RUNTIME_: the run ended early."""
+
+from __future__ import annotations
+
+from .base import Retry
+from .families import RunError
+
+
+class TrainingError(RunError, code="RUNTIME_TRAINING_FAILED", exit_code=70, http_status=500, retry=Retry.AFTER_CHANGE):
+    """Training failed in a way that no more specific code describes.
+
+    ## Why this happens
+    An exception came out of the training code, the model or the data loader that is neither out of
+    memory, nor a NaN, nor a stop. The chained cause (`raised from`) is the original exception and holds
+    its traceback.
+
+    ## What to do
+    Read the cause. What was trained up to the last checkpoint is safe: correct the code and resume.
+
+    ## Example
+    ```console
+    $ python train.py
+    warden: training failed: IndexError: index 32000 is out of bounds for the embedding
+    $ warden resume calm-otter-41
+    ```
+    """
+
+    template = "training failed: {problem}"
+    suggestion = "Read the chained cause; after correcting it, resume from the last checkpoint."
+    problem: str
+
+
+class TrainingAbortedError(
+    RunError, code="RUNTIME_TRAINING_ABORTED", exit_code=75, http_status=503, retry=Retry.RESUME
+):
+    """Training was asked to stop and did so cleanly; nothing is lost.
+
+    ## Why this happens
+    A signal (Ctrl-C, `SIGTERM` from a scheduler, preemption) or a policy asked the run to stop. The
+    step in progress was finished and a checkpoint written and verified. `steps_completed` and
+    `checkpoint_path` say where the run stands. A second signal would have stopped at once, without the
+    checkpoint.
+
+    ## What to do
+    Resume whenever you like; the continued run is the one that would have been. A scheduler should
+    requeue on exit status 75.
+
+    ## Example
+    ```console
+    $ warden train configs/quickstart.yaml
+    ^C
+    warden: training stopped cleanly on SIGINT
+    $ warden resume calm-otter-41
+    ```
+    """
+
+    template = "training stopped cleanly on {reason}"
+    suggestion = "Resume: the run continues where it stopped."
+    reason: str
+
+
+class GPUMemoryError(
+    RunError,
+    code="RUNTIME_GPU_OOM",
+    exit_code=81,
+    http_status=422,
+    retry=Retry.AFTER_CHANGE,
+    aliases=("RESOURCE.OOM",),
+):
+    """Memory ran out, and smaller micro-batches could not help or were not allowed to.
+
+    ## Why this happens
+    With `oom_recovery` a step that runs out of memory is finished with smaller micro-batches. This
+    error means that the limit was reached: `max_shrinks` shrinks in one step, a micro-batch of one row,
+    recovery switched off, or a phase in which there is nothing to split (loading the model, the first
+    optimizer step). The weights are those of the last completed step.
+
+    ## What to do
+    In the order of what costs least: shorter sequences, gradient checkpointing, `mode: lora` instead of
+    `full`, an optimizer with less state, a smaller model, a larger device. Check that no other process
+    holds the memory (`nvidia-smi`). If a single row does not fit, a smaller batch does not help. Then
+    resume.
+
+    ## Example
+    ```console
+    $ python train.py
+    warden: memory ran out in backward at micro-batch size 1 after 3 shrinks: CUDA out of memory
+    $ warden train configs/lora.yaml -o data.max_length=1024
+    ```
+    """
+
+    template = (
+        "memory ran out in {phase}[ at micro-batch size {micro_batch_size}][ after {shrinks} shrinks][: {problem}]"
+    )
+    suggestion = "Use shorter sequences, gradient checkpointing, LoRA, or a smaller model; then resume."
+    phase: str
+    micro_batch_size: int | None
+    shrinks: int
+    requested_bytes: int | None
+    free_bytes: int | None
+    problem: str
+
+
+class SplitRefusedError(
+    RunError, code="RUNTIME_SPLIT_REFUSED", exit_code=81, http_status=422, retry=Retry.AFTER_CHANGE
+):
+    """Memory ran out, and this batch cannot be split without changing the gradient.
+
+    ## Why this happens
+    Recovery finishes a step in parts, and the parts must add up to the whole. They do not when the loss
+    couples rows (contrastive losses, BatchNorm), when it sums instead of averaging, when it averages
+    over tokens while the parts are weighed by rows, or when the batch is of a kind that cannot be cut.
+    A recovered run with wrong gradients would be worse than a stopped one.
+
+    ## What to do
+    For a token mean, say what the mean is taken over: `weight=trainwarden.target_tokens`. For a batch
+    of your own type, pass `split=`. For a loss that couples rows, choose a batch that fits; your own
+    accumulation still works.
+
+    ## Example
+    ```console
+    $ python train.py
+    warden: memory ran out and the batch of 8 cannot be split: labels hold -100 and no weight= was given
+    ```
+    ```python
+    loss = guard.backward(compute_loss, batch, weight=trainwarden.target_tokens)
+    ```
+    """
+
+    template = "memory ran out and the batch[ of {micro_batch_size}] cannot be split: {problem}"
+    suggestion = "Pass weight= or split= to guard.backward, or choose a batch size that fits."
+    problem: str
+    micro_batch_size: int | None
+    out_of_memory: str | None
+
+
+class NaNLossError(
+    RunError,
+    code="RUNTIME_NAN_LOSS",
+    exit_code=80,
+    http_status=422,
+    retry=Retry.AFTER_CHANGE,
+    aliases=("TRAINING.NAN_LOSS",),
+):
+    """The loss or a gradient was NaN or infinite for too many steps in a row.
+
+    ## Why this happens
+    A single non-finite step is skipped and counted; the weights never see it. A streak means that the
+    run does not come back by itself: a learning rate that is too high, float16 without a loss scaler,
+    rows without a single target, a division by zero or a logarithm of zero in the loss. The last
+    checkpoint holds finite weights.
+
+    ## What to do
+    Resume from the checkpoint with a lower learning rate, warm-up or gradient clipping; train in
+    bfloat16 instead of float16. If it fails at the same step with any learning rate, look at the data
+    of that step.
+
+    ## Example
+    ```console
+    $ python train.py
+    warden: the loss was not finite for 5 steps in a row (7 skipped in all)
+    $ warden train configs/lora.yaml -o trainer.learning_rate=0.00005
+    ```
+    """
+
+    template = "the {what} was not finite for {streak} steps in a row[ ({skipped} skipped in all)]"
+    suggestion = "Lower the learning rate, clip gradients, prefer bfloat16; the last checkpoint is finite."
+    streak: int
+    skipped: int
+    what: str
+
+
+class DiskFullError(
+    RunError,
+    code="RUNTIME_DISK_FULL",
+    exit_code=74,
+    http_status=507,
+    retry=Retry.AFTER_CHANGE,
+    aliases=("RESOURCE.DISK_FULL",),
+):
+    """There is not enough space to write a checkpoint.
+
+    ## Why this happens
+    Free space is checked before a checkpoint is written, and a write that still runs out is undone. The
+    previous verified checkpoint is untouched: its successor is complete before it is removed, so space
+    for one checkpoint more than `keep_last` is needed. A quota looks like a full disk.
+
+    ## What to do
+    Free space or move the run directory to a larger disk, then resume. Fewer kept checkpoints
+    (`keep_last`) and `mode: lora` need less. trainwarden removes only checkpoints that it wrote.
+
+    ## Example
+    ```console
+    $ python train.py
+    warden: no space for a checkpoint in runs/demo/checkpoints: 3.20 GiB needed, 1.10 GiB free
+    $ df -h runs/demo
+    $ warden resume calm-otter-41
+    ```
+    """
+
+    template = "no space for a checkpoint in {path}[: {needed_bytes} needed, {free_bytes} free]"
+    suggestion = "Free some space, or lower keep_last; then resume."
+    path: str
+    needed_bytes: int | None
+    free_bytes: int | None
