@@ -1,0 +1,13 @@
+"""Faults and devices on purpose, for testing a loop and its guard: shipped to users and used by our own tests."""
+
+from trainwarden.testing.fake_device import FakeDevice, FakeSource, healthy_reading
+from trainwarden.testing.faults import MemoryCeiling, NonFinite, out_of_memory_error
+
+__all__ = [
+    "FakeDevice",
+    "FakeSource",
+    "MemoryCeiling",
+    "NonFinite",
+    "healthy_reading",
+    "out_of_memory_error",
+]
