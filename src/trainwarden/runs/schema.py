@@ -1,0 +1,32 @@
+"""How the ledger file came to its shape: one entry a version, applied in order, never edited."""
+
+from __future__ import annotations
+
+MIGRATIONS: list[tuple[str, ...]] = [
+    (
+        # Numbers that may be NaN are text: SQLite turns a NaN into NULL.
+        """
+        CREATE TABLE runs (
+            run_id TEXT PRIMARY KEY,
+            path TEXT NOT NULL,
+            command TEXT NOT NULL,
+            status TEXT NOT NULL,
+            pid INTEGER NOT NULL,
+            process_start TEXT NOT NULL,
+            host TEXT NOT NULL,
+            started_at TEXT NOT NULL,
+            ended_at TEXT,
+            starts INTEGER NOT NULL DEFAULT 1,
+            steps_completed INTEGER,
+            steps_skipped INTEGER,
+            shrinks INTEGER,
+            final_loss TEXT,
+            exit_code INTEGER,
+            code TEXT,
+            checkpoint_path TEXT,
+            model TEXT
+        )
+        """,
+    ),
+]
+"""Version ``n`` of ``PRAGMA user_version`` is the state after the first ``n`` entries."""
