@@ -1,0 +1,269 @@
+"""`Guard`: composes recovery, finite checks, checkpoints, data position and stop requests around a training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trainwarden.device import Sampler
+from trainwarden.errors import InvalidSettingError, install_excepthook
+from trainwarden.events import Event, Notice, Observer, announce
+from trainwarden.guards.finite import FinitePolicy
+from trainwarden.guards.hardware import HardwarePolicies
+from trainwarden.guards.oom import OOMPolicy
+from trainwarden.runtime.backward import ComputeLoss
+from trainwarden.runtime.journal import RunJournal
+from trainwarden.runtime.keeper import CheckpointPolicy
+from trainwarden.runtime.session import Policies, Progress, Resume, Session
+from trainwarden.runtime.split import Split, Weight
+from trainwarden.runtime.watched import Watched
+
+DEFAULT_HARDWARE = HardwarePolicies()
+
+
+class Guard:
+    """Guards one run of any PyTorch training loop on one device.
+
+    ::
+
+        guard = Guard("runs/demo")
+        with guard.watch(model=model, optimizer=optimizer, scheduler=scheduler):
+            for batch in guard.batches(loader, max_steps=200):
+                loss = guard.backward(compute_loss, batch)
+                optimizer.step(); scheduler.step(); optimizer.zero_grad()
+
+    Args:
+        run_dir: directory of the run; it may hold other files, which are never touched.
+        oom_recovery: finish a step that runs out of memory with smaller micro-batches.
+        max_shrinks: consecutive shrinks of one step before `GPUMemoryError`.
+        max_skipped_in_a_row: steps in a row skipped for a non-finite loss or gradient before `NaNLossError`.
+        checkpoint_every_steps: steps between checkpoints; ``None``: by time alone.
+        checkpoint_every_s: seconds between checkpoints; ``None``: by steps alone.
+        keep_last: verified checkpoints that are kept.
+        resume: ``auto`` continues when ``run_dir`` holds a checkpoint, ``never`` refuses such a directory, ``must``
+            refuses one without.
+        accept_changes: names of differences to the saved run that are meant (``"max_steps"``, ``"optimizer"``).
+        split: ``split(batch, max_rows)`` → micro-batches of at most ``max_rows`` rows, in order; for batches that are
+            not tensors, tuples, mappings or dataclasses of tensors with one common first dimension.
+        split_check: ``verify`` compares the loss of a part with its weighted halves before the first split of a run;
+            ``trust`` declares that the loss is a weighted mean over independent rows.
+        save_frozen: whether checkpoints hold parameters that need no gradient.
+        hardware: what is done about heat, memory pressure, damage and silence of the GPUs in use; ``None`` leaves
+            them alone. A hot device pauses the run at a step boundary, after a checkpoint.
+        sampler: where device readings come from; by default NVML, when any parameter is on a GPU.
+        observers: callables that take one `Event`; ``None``: notices and warnings as lines on stderr.
+        command: command line that starts the run again; by default this process's own.
+        config: JSON-serialisable configuration from which ``warden resume`` can start the run again.
+        clock: monotonic seconds; tests replace it.
+
+    Raises:
+        InvalidSettingError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        oom_recovery: bool = True,
+        max_shrinks: int = 3,
+        max_skipped_in_a_row: int = 5,
+        checkpoint_every_steps: int | None = None,
+        checkpoint_every_s: float | None = 600.0,
+        keep_last: int = 2,
+        resume: Resume = "auto",
+        accept_changes: Sequence[str] = (),
+        split: Split | None = None,
+        split_check: Literal["verify", "trust"] = "verify",
+        save_frozen: bool = True,
+        hardware: HardwarePolicies | None = DEFAULT_HARDWARE,
+        sampler: Sampler | None = None,
+        observers: Iterable[Observer] | None = None,
+        command: Sequence[str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _check_count("max_shrinks", max_shrinks, 0)
+        _check_count("max_skipped_in_a_row", max_skipped_in_a_row, 0)
+        _check_count("keep_last", keep_last, 1)
+        _check_choice("resume", resume, ("auto", "never", "must"))
+        _check_choice("split_check", split_check, ("verify", "trust"))
+        self.run_dir = Path(run_dir)
+        self._policies = Policies(
+            oom=OOMPolicy(bool(oom_recovery), max_shrinks),
+            finite=FinitePolicy(max_skipped_in_a_row),
+            checkpoint=CheckpointPolicy(checkpoint_every_steps, checkpoint_every_s, keep_last),
+            resume=resume,
+            accept_changes=tuple(accept_changes),
+            split=split,
+            verify_split=split_check == "verify",
+            save_frozen=save_frozen,
+            hardware=hardware,
+        )
+        self._sampler = sampler
+        self._progress = Progress()
+        self._observers = (announce,) if observers is None else tuple(observers)
+        self._command = command
+        self._config = config
+        self._clock = clock
+        self._session: Session | None = None
+
+    # -- public state --------------------------------------------------------------------------------------------
+
+    @property
+    def steps_completed(self) -> int:
+        """Optimizer steps done since the run began, skipped ones included."""
+        return self._progress.steps_completed
+
+    @property
+    def steps_skipped(self) -> int:
+        """Steps whose update was left out because a loss or gradient was not finite."""
+        return self._progress.steps_skipped
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the batch in hand, from 0."""
+        position = self._session.position if self._session else None
+        return position.epoch if position else 0
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows of the largest micro-batch that is tried; ``None`` while whole batches fit."""
+        return self._progress.plan.limit
+
+    @property
+    def shrinks(self) -> int:
+        """How often a micro-batch was shrunk in the whole run."""
+        return self._progress.plan.shrinks
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint written or loaded, verified."""
+        return self._progress.newest_checkpoint
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's identity; the same after a resume. ``None`` before ``watch``."""
+        return self._session.journal.run_id if self._session else None
+
+    # -- the three shapes ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(
+        self, *, model: Any, optimizer: Any, scheduler: Any = None, scaler: Any = None, **others: Any
+    ) -> Iterator[Guard]:
+        """The lifetime of a run: locks its directory, resumes it, hooks the optimizers, takes over SIGINT and SIGTERM.
+
+        One or several (list, tuple, mapping) of each; ``others`` are checkpointed by name if they have ``state_dict``.
+        On the way out hooks and signal handlers are removed, and what was trained since the last checkpoint is saved.
+
+        Raises:
+            RunLockedError, RunExistsError, CheckpointNotFoundError: the directory and ``resume`` do not go together.
+            ResumeMismatchError: the code asks for something else than the saved run did.
+            CheckpointError: checkpoints are there and none is valid.
+        """
+        if self._session is not None:
+            raise InvalidSettingError(setting="watch", value="a second watch", expected="one watch at a time")
+        install_excepthook()
+        save_frozen = self._policies.save_frozen
+        watched = Watched.collect(model, optimizer, scheduler, scaler, others, save_frozen=save_frozen)
+        names = ", ".join(type(one).__name__ for one in watched.models.values())
+        journal = RunJournal(self.run_dir, self._command, self._config, model=names, notice=self._notice)
+        self._session = session = Session(
+            self._policies,
+            self._progress,
+            watched,
+            journal,
+            emit=self.emit,
+            notice=self._notice,
+            clock=self._clock,
+            sampler=self._sampler,
+            # Of no interest to `announce` nor to the event log, and not free.
+            tell_steps=any(observer is not announce for observer in self._observers),
+        )
+        try:
+            session.begin()
+            yield self
+            session.end()
+        except BaseException as error:
+            session.fail(error)
+            raise
+        finally:
+            self._session = None
+
+    def batches(self, loader: Iterable[Any], *, max_steps: int) -> Iterator[Any]:
+        """Batches from ``loader``, over as many epochs as it takes until ``max_steps`` optimizer steps are completed.
+
+        Between two batches lies the step boundary, where checkpoints are taken and stop requests are served.
+
+        Raises:
+            TrainingAbortedError: after SIGINT or SIGTERM, with a checkpoint of the last step.
+            NaNLossError: too many steps in a row were skipped.
+            ResumeMismatchError: loader or ``max_steps`` are not the saved run's.
+        """
+        session = self._watching("batches")
+        _check_count("max_steps", max_steps, 1)
+        position = session.enter_loader(loader, max_steps)
+        if self.steps_completed >= max_steps:
+            session.skip_loader(position, max_steps)
+            return
+        stream = iter(position)
+        while self.steps_completed < max_steps:
+            batch = session.next_batch(stream)
+            yield batch
+            session.close_batch()
+
+    def backward(self, compute_loss: ComputeLoss, batch: Any, weight: Weight | None = None) -> torch.Tensor:
+        """Forward and backward of one batch, retried in smaller micro-batches when memory runs out.
+
+        Args:
+            compute_loss: takes a (micro-)batch and returns its mean loss as a scalar tensor.
+            batch: tensor, tuple, mapping or dataclass of tensors, or anything that ``split`` can cut.
+            weight: what the mean of a micro-batch is taken over, for instance `trainwarden.target_tokens`; rows by
+                default. Called before any forward pass, and only when the batch has to be split.
+
+        Returns:
+            The detached mean loss of the whole batch, on the device; not scaled by a ``GradScaler``.
+
+        Raises:
+            GPUMemoryError: it does not fit after ``max_shrinks`` shrinks, or not even one row does.
+            SplitRefusedError: it has to be split, and splitting would train something else.
+        """
+        session = self._watching("backward")
+        loss = session.backward.run(compute_loss, batch, weight)
+        session.steps.note_backward(loss)
+        return loss
+
+    def emit(self, event: Event) -> None:
+        """Tells all observers. One that fails is dropped with a notice: it must not end the run."""
+        for observer in (*self._observers, *(self._session.journal.observers if self._session else ())):
+            try:
+                observer(event)
+            except Exception as error:  # noqa: BLE001 - boundary: foreign code, called for information only
+                self._observers = tuple(o for o in self._observers if o is not observer)
+                self._notice(f"observer {observer!r} failed and is dropped: {error!r}")
+
+    # -- helpers ---------------------------------------------------------------------------
+
+    def _watching(self, what: str) -> Session:
+        if self._session is None:
+            expected = "inside 'with guard.watch(model=…, optimizer=…):'"
+            raise InvalidSettingError(setting=f"guard.{what}", value="called outside watch", expected=expected)
+        return self._session
+
+    def _notice(self, text: str) -> None:
+        self.emit(Notice(step=self.steps_completed, text=text))
+
+
+def _check_count(setting: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidSettingError(setting=setting, value=value, expected=f"a whole number of at least {least}")
+
+
+def _check_choice(setting: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InvalidSettingError(setting=setting, value=value, expected=" or ".join(choices))

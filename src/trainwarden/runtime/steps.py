@@ -1,0 +1,123 @@
+"""Optimizer steps as the guard sees them: when one happened, whether a gradient is pending, and what was not finite."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwarden.guards.finite import StepFindings
+from trainwarden.runtime.gate import OptimizerGate
+from trainwarden.runtime.watched import Watched
+
+
+class StepWatch:
+    """Watches all optimizers and the ``GradScaler`` of a run between `install` and `remove`."""
+
+    def __init__(self, watched: Watched, *, current_step: Callable[[], int]) -> None:
+        self.gradient_pending = False
+        """Whether a backward pass came after the last optimizer step."""
+        self._losses: list[Tensor] = []
+        self._last_loss: Tensor | None = None
+        self._called = False
+        self._scaler = watched.scaler
+        self._scaler_findings: list[tuple[int, StepFindings]] = []
+        self._current_step: Callable[[], int] = lambda: current_step() + 1
+        self._gates = [
+            OptimizerGate(
+                optimizer,
+                take_losses=self._take_losses,
+                on_called=self._note_called,
+                current_step=self._current_step,
+            )
+            for optimizer in watched.optimizers.values()
+        ]
+        self._installed = False
+
+    def install(self) -> list[str]:
+        """Hooks everything; returns what should be said about how steps are checked."""
+        for gate in self._gates:
+            gate.install()
+        if self._scaler is not None:
+            self._hook_scaler(self._scaler)
+        self._installed = True
+        return [
+            f"{type(gate.optimizer).__name__}: {gate.reason}" for gate in self._gates if "fused=True" in gate.reason
+        ]
+
+    def remove(self) -> None:
+        if not self._installed:
+            return
+        self._installed = False
+        for gate in self._gates:
+            gate.remove()
+        if self._scaler is not None:
+            del self._scaler.step
+
+    def note_backward(self, loss: Tensor) -> None:
+        self._losses.append(loss)
+        self._last_loss = loss
+        self.gradient_pending = True
+
+    def final_loss(self) -> float | None:
+        """Loss of the last batch; reading it synchronises, so only for the end of a run. ``None``: unknown."""
+        try:
+            return None if self._last_loss is None else float(self._last_loss)
+        except RuntimeError:  # a device that failed answers no more, and that must not hide why the run ends
+            return None
+
+    def take_completed(self) -> bool:
+        """Whether an optimizer was stepped since the last call."""
+        called, self._called = self._called, False
+        return called
+
+    def poll(self, *, wait: bool = False) -> list[tuple[int, StepFindings]]:
+        """Findings that have arrived, one a step: with several optimizers a step is bad when any of them was."""
+        found = [item for gate in self._gates for item in gate.poll(wait=wait)]
+        if self._scaler_findings:
+            found += self._scaler_findings
+            self._scaler_findings = []
+        if len(found) < 2:
+            return [(step, self._with_scale(findings)) for step, findings in found]
+        merged: dict[int, StepFindings] = {}
+        for step, findings in found:
+            earlier = merged.get(step, StepFindings())
+            merged[step] = StepFindings(
+                findings.loss_finite and earlier.loss_finite,
+                findings.gradients_finite and earlier.gradients_finite,
+            )
+        return [(step, self._with_scale(merged[step])) for step in sorted(merged)]
+
+    def _with_scale(self, findings: StepFindings) -> StepFindings:
+        if findings.what is None or self._scaler is None:
+            return findings
+        return replace(findings, loss_scale=float(self._scaler.get_scale()))  # synchronises, after a bad step only
+
+    def _take_losses(self) -> list[Tensor]:
+        losses, self._losses = self._losses, []
+        return losses
+
+    def _note_called(self) -> None:
+        self._called = True
+        self.gradient_pending = False
+
+    def _hook_scaler(self, scaler: Any) -> None:
+        """An unfused optimizer's ``step`` is not called when the scaler finds an overflow; the step counts still."""
+        original = scaler.step
+
+        @functools.wraps(original)
+        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            self._called = False
+            result = original(optimizer, *args, **kwargs)
+            if not self._called:
+                losses = self._take_losses()
+                finite = all(bool(torch.isfinite(loss)) for loss in losses)
+                self._scaler_findings.append((self._current_step(), StepFindings(finite, False)))
+                self._note_called()
+            return result
+
+        scaler.step = step
