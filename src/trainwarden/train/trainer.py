@@ -1,0 +1,239 @@
+"""`Trainer`: guarded supervised fine-tuning of a causal language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainwarden.errors import InvalidSettingError
+from trainwarden.events import Notice, Observer
+from trainwarden.runtime import Guard
+from trainwarden.train.data import Batch, Source
+from trainwarden.train.hub import Backoff
+from trainwarden.train.loop import TrainingLoop, print_event, typed_failures
+from trainwarden.train.models import ModelSource
+from trainwarden.train.precision import Precision, choose_device, choose_precision
+from trainwarden.train.preparation import MODEL_FOLDER, TOKENIZER_FOLDER, prepare
+from trainwarden.train.publish import require_ours
+from trainwarden.train.result import TrainResult
+from trainwarden.train.settings import DeviceChoice, DtypeChoice, Mode, Schedule, check_settings
+
+
+@dataclass(eq=False, repr=False)
+class Trainer:
+    """Fine-tunes a causal language model on chat, instruction or plain-text rows.
+
+    ::
+
+        result = Trainer("models/base", "data/train.jsonl", max_steps=200, output_dir="runs/demo").train()
+
+    A step is an optimizer step over ``batch_size`` × ``grad_accum_steps`` rows; its loss is the mean over all
+    its target tokens (what the assistant says, or all of a plain text), however the rows fall into
+    micro-batches.
+
+    Args:
+        model: directory of a Hugging Face checkpoint, or a Hub name; a mapping with ``model_type`` and
+            whatever else that type's configuration knows, for a new model with random weights; or a model
+            object.
+        train_dataset: path of a JSONL file, ``"python-docstrings"``, or a sequence of mappings.
+        mode: ``lora`` trains adapters on all linear layers, ``full`` all weights.
+        max_steps: optimizer steps of the whole run, resumed parts and skipped steps included.
+        output_dir: directory of the run: checkpoints, event log and, at the end, ``model/``. It may hold
+            other files.
+        tokenizer: a fast tokenizer; needed with a model object, else found beside the model or learned from
+            the data.
+        eval_dataset: like ``train_dataset``; its loss is computed every ``eval_every_steps`` (0: at the end
+            only).
+        eval_rows: rows drawn from the training data for evaluation instead.
+        max_length: tokens at which rows are cut.
+        limit: training rows that are read at most.
+        batch_size: rows of a micro-batch; fewer when memory runs out, with ``oom_recovery``, and the same
+            step results.
+        learning_rate: peak; 2e-4 suits LoRA, full fine-tuning wants about a tenth.
+        schedule: ``cosine``, ``linear`` or ``constant`` after ``warmup_steps``.
+        max_grad_norm: gradients are scaled down to this norm; ``None`` leaves them.
+        seed: of weights, adapters, dropout and order of the data (below 2**32).
+        device: ``auto`` takes a CUDA device when there is one.
+        dtype: of the computation; trained weights are kept in float32. ``auto`` chooses and says why.
+        lora_rank, lora_alpha, lora_dropout, lora_target_modules: of the adapters, as in peft.
+        accept_changes: as in `Guard`; ``["data"]`` continues on other rows.
+        oom_recovery and the other settings not named here: see `Guard`.
+        observers: callables that take one event; ``None`` prints notices and log lines to stderr.
+
+    Raises:
+        InvalidSettingError: an argument is out of range. Nothing is loaded before all are checked.
+    """
+
+    model: ModelSource
+    train_dataset: Source
+    _: KW_ONLY
+    max_steps: int
+    output_dir: str | Path
+    mode: Mode = "lora"
+    tokenizer: Any = None
+    eval_dataset: Source | None = None
+    eval_rows: int = 0
+    max_length: int = 512
+    limit: int | None = None
+    batch_size: int = 8
+    grad_accum_steps: int = 1
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    schedule: Schedule = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    optimizer: Literal["adamw"] = "adamw"
+    seed: int = 0
+    log_every_steps: int = 10
+    eval_every_steps: int = 0
+    device: DeviceChoice = "auto"
+    dtype: DtypeChoice = "auto"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_target_modules: str | Sequence[str] = "all-linear"
+    oom_recovery: bool = True
+    max_shrinks: int = 3
+    max_skipped_in_a_row: int = 5
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_s: float | None = 600.0
+    keep_last: int = 2
+    resume: Literal["auto", "never", "must"] = "auto"
+    accept_changes: Sequence[str] = ()
+    observers: Sequence[Observer] | None = None
+    command: Sequence[str] | None = None
+    config: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        check_settings(settings)
+        self._check_model()
+        for name in ("train_dataset", "eval_dataset"):
+            _check_source(name, settings[name], optional=name == "eval_dataset")
+
+    def train(self) -> TrainResult:
+        """Trains until ``max_steps``, from the newest checkpoint on, and saves ``output_dir/model``.
+
+        Raises:
+            DatasetNotFoundError, DatasetParseError, DatasetValidationError, DatasetFormatError, DatasetError:
+                bad data.
+            ModelLoadError, GPUNotAvailableError, ConfigurationError: what the run needs is not there, or does
+                not fit.
+            GPUMemoryError, SplitRefusedError: memory ran out and smaller micro-batches did not help.
+            NaNLossError: too many steps in a row were not finite.
+            TrainingAbortedError: after SIGINT or SIGTERM, with a checkpoint.
+            ResumeMismatchError, RunExistsError, RunLockedError, CheckpointError, DiskFullError: see
+                `Guard.watch`.
+            TrainingError: anything else that went wrong during training, chained from what it was.
+        """
+        began_s = time.perf_counter()
+        device, device_reason = choose_device(self.device)
+        precision = choose_precision(self.dtype, device, self.mode)
+        self._check_output()
+        guard = self._guard()
+
+        def say(text: str) -> None:
+            guard.emit(Notice(step=0, text=text))
+
+        say(f"device {device} ({device_reason}), computing in {str(precision.compute)[6:]} ({precision.reason})")
+        with _accelerator(device, precision, self.seed) as accelerator:
+            with typed_failures("load"):
+                prepared = prepare(self, precision, backoff=Backoff(), say=say)
+            return TrainingLoop(self, prepared, accelerator, guard, began_s=began_s).run()
+
+    def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss over the targets of a (micro-)batch on the device; to be overridden for another loss.
+
+        ``batch``: ``input_ids``, ``attention_mask``, ``labels``, int64 of shape (rows, tokens). Returns a 0-d
+        tensor, a mean over the labels from the second column on that are not -100: that is how its parts are
+        weighed.
+        """
+        loss: Tensor = model(**batch, use_cache=False).loss
+        return loss
+
+    def _guard(self) -> Guard:
+        return Guard(
+            self.output_dir,
+            oom_recovery=self.oom_recovery,
+            max_shrinks=self.max_shrinks,
+            max_skipped_in_a_row=self.max_skipped_in_a_row,
+            checkpoint_every_steps=self.checkpoint_every_steps,
+            checkpoint_every_s=self.checkpoint_every_s,
+            keep_last=self.keep_last,
+            resume=self.resume,
+            accept_changes=self.accept_changes,
+            # A frozen base model is loaded again; only adapters are worth a checkpoint's space.
+            save_frozen=self.mode == "full",
+            observers=(print_event,) if self.observers is None else self.observers,
+            command=self.command,
+            config=self.config,
+        )
+
+    def _check_model(self) -> None:
+        model = self.model
+        if isinstance(model, nn.Module):
+            if self.tokenizer is None:
+                expected = "the tokenizer of the model that is given as an object"
+                raise InvalidSettingError(setting="tokenizer", value=None, expected=expected)
+        elif not (isinstance(model, str | Path | Mapping) and model and str(model).strip()):
+            expected = "a directory, a Hub name, a mapping with model_type, or a model object"
+            raise InvalidSettingError(setting="model", value=repr(model), expected=expected)
+
+    def _check_output(self) -> None:
+        """Refuses an ``output_dir`` in which saving would write over what the run did not make."""
+        output_dir = Path(self.output_dir)
+        if isinstance(self.model, str | Path):
+            source = Path(self.model).expanduser()
+            if source.is_dir() and source.resolve().is_relative_to(output_dir.resolve()):
+                expected = f"a directory that does not hold the model it starts from ({source})"
+                raise InvalidSettingError(setting="output_dir", value=str(self.output_dir), expected=expected)
+        for name in (MODEL_FOLDER, TOKENIZER_FOLDER):
+            require_ours(output_dir / name)
+
+
+def _check_source(name: str, source: Any, *, optional: bool) -> None:
+    if source is None and optional:
+        return
+    rows_like = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if isinstance(source, Mapping | bytes) or not (isinstance(source, str | Path) or rows_like) or source == "":
+        expected = 'a path, "python-docstrings", or rows with a length and an index'
+        raise InvalidSettingError(setting=name, value=type(source).__name__, expected=expected)
+
+
+@contextmanager
+def _accelerator(device: torch.device, precision: Precision, seed: int) -> Iterator[Any]:
+    """An `Accelerator`, and everything seeded; accelerate's process-wide state is left as it was found."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+    from accelerate.utils import set_seed
+
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        expected = "1: a Trainer trains in one process"
+        raise InvalidSettingError(setting="WORLD_SIZE", value=world_size, expected=expected)
+    was_initialized = is_initialized()
+    set_seed(seed)
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision.accelerate_name)
+    except ValueError as error:  # one precision and device a process, and somebody was here before
+        name = precision.accelerate_name
+        expected = "the precision and device of the Accelerator that this process has made already"
+        raise InvalidSettingError(setting="dtype, device", value=f"{name}, {device}", expected=expected) from error
+    try:
+        yield accelerator
+    finally:
+        for model in accelerator._models:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            vars(model).pop("_is_accelerate_prepared", None)  # or a later training would not prepare it
+        if not was_initialized:
+            # Its state is one a process and refuses a second Accelerator with another precision or device.
+            AcceleratorState._reset_state(reset_partial_state=True)
