@@ -1,0 +1,64 @@
+"""The one boundary: whatever goes wrong in a command becomes one report and one exit status here."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from trainwarden.cli.commands import app
+from trainwarden.cli.output import Output
+from trainwarden.errors import UsageError, resolve_profile
+
+_ParserError: type[Exception] = typer.BadParameter.__mro__[2]
+"""The base of every complaint of typer's parser: click's, which typer vendors since 0.29 without exporting it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``warden`` with ``arguments`` (by default those of the process) and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    output = Output.wanted(words)
+    profile = None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path or a sign that the terminal's encoding does not have must not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        profile = resolve_profile(output.profile)
+        status = _run(words, output)
+        sys.stdout.flush()  # a reader that has gone away shows itself here at the latest
+        return status
+    except BrokenPipeError:
+        # Whoever reads has seen enough (``| head``). Python would complain once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - boundary: the only place that ends the process
+        return output.fail(error, profile=profile)
+
+
+def _run(words: list[str], output: Output) -> int:
+    command = typer.main.get_command(app)
+    try:
+        # Not command.main(): that makes an exit status 1 of a closed pipe, and an abort of an interrupt.
+        with command.make_context("warden", words or ["--help"], obj=output) as context:
+            command.invoke(context)
+    except typer.Exit as ending:
+        return ending.exit_code
+    except _ParserError as error:
+        raise UsageError(problem=_sentence(error)) from None
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """What the parser complains about, with the command it was parsing."""
+    path = getattr(getattr(error, "ctx", None), "command_path", "warden")
+    complaint: str = error.format_message()  # type: ignore[attr-defined]  # of click's exceptions
+    complaint = " ".join(complaint.split()).rstrip(".") or "a command is missing"
+    where = "" if path == "warden" else f"{path}: "
+    return f"{where}{complaint[:1].lower()}{complaint[1:]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
