@@ -37,7 +37,8 @@ _last_numpy: tuple[bytes, dict[str, Any]] | None = None
 def _capture_numpy(numpy_random: Any) -> dict[str, Any]:
     """The state of numpy's legacy generator; the dictionary of the last time if nothing was drawn since.
 
-    What it cannot see: `numpy.random.set_state` to the very words of the last capture with a kept-back deviate.
+    What it cannot see: a generator that is set back (seeded, or `numpy.random.set_state`) between two captures and then
+    comes to the very words of the first with a kept-back deviate that was not there then.
     """
     global _last_numpy
     generator = numpy_random.get_bit_generator()
