@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.waiting import LIMIT_S
 from trainwarden.errors import install_excepthook, registry
 
 GUARDED = "import sys\nfrom trainwarden.errors import *\nfrom trainwarden.errors import hook\n"
@@ -20,7 +21,7 @@ STOP = "raise TrainingAbortedError(reason='SIGINT', steps_completed=5, resume_co
 
 def run(script: str, *flags: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *flags, "-c", textwrap.dedent(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, input=stdin, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, input=stdin, check=False)
 
 
 @pytest.fixture

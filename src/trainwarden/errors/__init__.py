@@ -8,6 +8,7 @@
     │   ├── ConfigNotFoundError           INPUT_CONFIG_NOT_FOUND
     │   ├── RunNotFoundError              INPUT_RUN_NOT_FOUND
     │   ├── UnknownCodeError              INPUT_UNKNOWN_CODE
+    │   ├── AdapterNotFoundError          INPUT_ADAPTER_NOT_FOUND
     │   └── DatasetError                  INPUT_DATASET_INVALID
     │       ├── DatasetNotFoundError      INPUT_DATASET_NOT_FOUND
     │       ├── DatasetParseError         INPUT_DATASET_PARSE_FAILED
@@ -17,18 +18,30 @@
     │   ├── ConfigurationError            CONFIG_INVALID
     │   ├── InvalidSettingError           CONFIG_INVALID_SETTING
     │   └── ResumeMismatchError           CONFIG_RESUME_MISMATCH
+    ├── PreflightError                    PREFLIGHT_ a look ahead found that the run cannot succeed
+    │   ├── PreflightRefusedError         PREFLIGHT_REFUSED
+    │   ├── PreflightMemoryError          PREFLIGHT_MEMORY
+    │   ├── PreflightHostMemoryError      PREFLIGHT_HOST_MEMORY
+    │   └── UnpredictableModelError       PREFLIGHT_UNPREDICTABLE
     ├── DependencyError                   DEP_       something from outside is missing
     │   ├── ModelLoadError                DEP_MODEL_LOAD_FAILED
     │   ├── GPUNotAvailableError          DEP_GPU_NOT_AVAILABLE
     │   ├── FSDPUnavailableError          DEP_FSDP_UNAVAILABLE
     │   ├── MLXUnavailableError           DEP_MLX_UNAVAILABLE
+    │   ├── PeftAPIError                  PEFT_API_INCOMPATIBLE
     │   └── RequirementUnmetError         DEP_REQUIREMENT_UNMET
     ├── RunError                          RUNTIME_   the run itself ended early
     │   ├── TrainingError                 RUNTIME_TRAINING_FAILED
     │   ├── TrainingAbortedError          RUNTIME_TRAINING_ABORTED
     │   ├── GPUMemoryError                RUNTIME_GPU_OOM
+    │   ├── FullFinetuneModelTooLargeError RUNTIME_FULL_FT_MODEL_TOO_LARGE
+    │   ├── RankLostError                 RUNTIME_RANK_LOST
+    │   ├── RestartNeededError            RUNTIME_RESTART_NEEDED
     │   ├── SplitRefusedError             RUNTIME_SPLIT_REFUSED
     │   ├── NaNLossError                  RUNTIME_NAN_LOSS
+    │   ├── SLAOError                     RUNTIME_SLAO_ERROR
+    │   │   ├── SLAOMergeError            RUNTIME_SLAO_MERGE_FAILED
+    │   │   └── SLAOMergeDivergedError    SLAO_MERGE_DIVERGED
     │   ├── DiskFullError                 RUNTIME_DISK_FULL
     │   ├── FP8UnsupportedError           RUNTIME_FP8_UNSUPPORTED
     │   ├── GPUTemperatureError           RUNTIME_GPU_TEMPERATURE_CRITICAL
@@ -36,6 +49,7 @@
     │   └── GPUError                      RUNTIME_GPU_ERROR
     ├── StateError                        STATE_     what lies on disk cannot be used
     │   ├── CheckpointError               STATE_CHECKPOINT_INVALID
+    │   │   └── SLAOCheckpointError       STATE_SLAO_CHECKPOINT_INVALID
     │   ├── CheckpointNotFoundError       STATE_CHECKPOINT_NOT_FOUND
     │   ├── RunExistsError                STATE_RUN_EXISTS
     │   ├── RunLockedError                STATE_RUN_LOCKED
@@ -62,7 +76,8 @@ from .explain import (
     lookup,
 )
 from .failure import failure_text
-from .families import ConfigError, DependencyError, InputError, RunError, StateError
+from .families import ConfigError, DependencyError, InputError, PreflightError, RunError, StateError
+from .findings import Finding, Findings, Severity
 from .hardware import GPUError, GPUMonitoringError, GPUTemperatureError
 from .hook import install_excepthook
 from .inputs import (
@@ -77,6 +92,13 @@ from .inputs import (
     UsageError,
 )
 from .internal import InternalError
+from .memory import (
+    FullFinetuneModelTooLargeError,
+    PreflightHostMemoryError,
+    PreflightMemoryError,
+    PreflightRefusedError,
+    UnpredictableModelError,
+)
 from .profiles import ExitProfile, exit_status, resolve_profile
 from .redaction import dropped_fields, redact, redact_value
 from .registry import registry
@@ -84,9 +106,19 @@ from .runtime import (
     DiskFullError,
     GPUMemoryError,
     NaNLossError,
+    RankLostError,
+    RestartNeededError,
     SplitRefusedError,
     TrainingAbortedError,
     TrainingError,
+)
+from .slao import (
+    AdapterNotFoundError,
+    PeftAPIError,
+    SLAOCheckpointError,
+    SLAOError,
+    SLAOMergeDivergedError,
+    SLAOMergeError,
 )
 from .state import (
     CheckpointError,
@@ -98,6 +130,7 @@ from .state import (
 
 __all__ = [
     "EXIT_STATUSES",
+    "AdapterNotFoundError",
     "CheckpointError",
     "CheckpointNotFoundError",
     "ConfigError",
@@ -113,6 +146,9 @@ __all__ = [
     "ExitProfile",
     "FP8UnsupportedError",
     "FSDPUnavailableError",
+    "Finding",
+    "Findings",
+    "FullFinetuneModelTooLargeError",
     "GPUError",
     "GPUMemoryError",
     "GPUMonitoringError",
@@ -125,18 +161,31 @@ __all__ = [
     "MLXUnavailableError",
     "ModelLoadError",
     "NaNLossError",
+    "PeftAPIError",
+    "PreflightError",
+    "PreflightHostMemoryError",
+    "PreflightMemoryError",
+    "PreflightRefusedError",
+    "RankLostError",
     "RequirementUnmetError",
+    "RestartNeededError",
     "ResumeMismatchError",
     "Retry",
     "RunError",
     "RunExistsError",
     "RunLockedError",
     "RunNotFoundError",
+    "SLAOCheckpointError",
+    "SLAOError",
+    "SLAOMergeDivergedError",
+    "SLAOMergeError",
+    "Severity",
     "SplitRefusedError",
     "StateError",
     "TrainingAbortedError",
     "TrainingError",
     "UnknownCodeError",
+    "UnpredictableModelError",
     "UsageError",
     "WardenError",
     "describe",

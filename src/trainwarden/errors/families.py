@@ -13,6 +13,10 @@ class ConfigError(WardenError, prefix="CONFIG_", exit_code=78, http_status=422, 
     """What was configured is wrong, or fits neither the machine nor the saved run."""
 
 
+class PreflightError(WardenError, prefix="PREFLIGHT_", exit_code=78, http_status=422, retry=Retry.AFTER_CHANGE):
+    """A look ahead has found that the run cannot succeed as it is configured."""
+
+
 class DependencyError(WardenError, prefix="DEP_", exit_code=69, http_status=503, retry=Retry.BACKOFF):
     """Something that the run needs from outside is missing: a model, a device, a service."""
 

@@ -67,13 +67,17 @@ class GPUMemoryError(
     retry=Retry.AFTER_CHANGE,
     aliases=("RESOURCE.OOM",),
 ):
-    """Memory ran out, and smaller micro-batches could not help or were not allowed to.
+    """Memory ran out, and what could be done about it did not help or was not allowed.
 
     ## Why this happens
-    With `oom_recovery` a step that runs out of memory is finished with smaller micro-batches. This
-    error means that the limit was reached: `max_shrinks` shrinks in one step, a micro-batch of one row,
-    recovery switched off, or a phase in which there is nothing to split (loading the model, the first
-    optimizer step). The weights are those of the last completed step.
+    With `oom_recovery` every phase of a run survives running out of memory where that can be exact (see
+    docs/phases.md): forward and backward are done in smaller micro-batches, an optimizer step is finished
+    in parts, and whatever has nothing to split is tried again after memory was released. This error means
+    that the limit was reached: `max_shrinks` shrinks in one step, a single row or parameter that does not
+    fit, recovery switched off, or an optimizer whose step cannot be finished in parts. `details` name the
+    phase, the bytes requested, free and reserved, the process that holds most of the rest, and what would
+    fit, as far as they are known. The checkpoint named is of a completed step; weights that a failed
+    optimizer step has left half updated are never saved.
 
     ## What to do
     In the order of what costs least: shorter sequences, gradient checkpointing, `mode: lora` instead of
@@ -91,13 +95,72 @@ class GPUMemoryError(
 
     template = (
         "memory ran out in {phase}[ at micro-batch size {micro_batch_size}][ after {shrinks} shrinks][: {problem}]"
+        "[; {would_fit} would do]"
     )
     suggestion = "Use shorter sequences, gradient checkpointing, LoRA, or a smaller model; then resume."
     phase: str
     micro_batch_size: int | None
-    shrinks: int
+    shrinks: int | None
     requested_bytes: int | None
     free_bytes: int | None
+    reserved_bytes: int | None
+    foreign_pid: int | None
+    foreign_bytes: int | None
+    would_fit: str | None
+    problem: str
+
+
+class RankLostError(RunError, code="RUNTIME_RANK_LOST", exit_code=75, http_status=503, retry=Retry.RESUME):
+    """Another process of the run is gone or silent, so this one cannot go on.
+
+    ## Why this happens
+    The ranks of a run act together. When one is killed (by the host's out-of-memory killer, a lost
+    node, a person), ends with an error of its own, or does not answer within the deadline, all others
+    end with this error instead of waiting for ever or training on without it.
+
+    ## What to do
+    Find the rank that ended first: its own last lines, or the kernel log of its host, say why. Then
+    start all ranks again; the run continues from the last checkpoint.
+
+    ## Example
+    ```console
+    $ torchrun --nproc-per-node 2 train.py
+    warden: rank 0 of 2 lost another rank: vote: connection closed by peer
+    $ torchrun --nproc-per-node 2 train.py
+    ```
+    """
+
+    template = "rank {rank} of {world_size} lost another rank: {problem}"
+    suggestion = "Look at the rank that ended first, then start all ranks again: the run continues from its checkpoint."
+    rank: int
+    world_size: int
+    problem: str
+
+
+class RestartNeededError(RunError, code="RUNTIME_RESTART_NEEDED", exit_code=75, http_status=503, retry=Retry.RESUME):
+    """Memory ran out in the middle of what all ranks do together; a restart needs less.
+
+    ## Why this happens
+    The parameters of a sharded model (FSDP2) are gathered from all ranks layer by layer. A rank that
+    runs out of memory between two layers cannot try again alone: the others wait in the next gather. So
+    all ranks end, this one with the smaller micro-batch written down in the run directory.
+
+    ## What to do
+    Start all ranks again. The run continues from its last checkpoint with micro-batches of the size
+    named here. A launcher that restarts on exit status 75 (`torchrun --max-restarts`) does it by itself.
+
+    ## Example
+    ```console
+    $ torchrun --nproc-per-node 8 train.py
+    warden: memory ran out in forward: the next start uses micro-batches of 4
+    $ torchrun --nproc-per-node 8 --max-restarts 3 train.py
+    ```
+    """
+
+    template = "memory ran out in {phase}: the next start uses micro-batches of {micro_batch_size}[ ({problem})]"
+    suggestion = "Start all ranks again: the run continues from its checkpoint with the smaller micro-batch."
+    phase: str
+    micro_batch_size: int
     problem: str
 
 
