@@ -104,6 +104,55 @@ class MicroBatchShrunk(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MicroBatchGrown(Event):
+    """A larger micro-batch than was known to fit was tried, and fits."""
+
+    level: ClassVar[Level] = "notice"
+    from_size: int
+    to_size: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"after step {self.step}: micro-batch {self.from_size} -> {self.to_size} fits ({self.reason})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRemedyApplied(Event):
+    """Something else than a smaller micro-batch was done about memory that ran out; the batch is tried again."""
+
+    level: ClassVar[Level] = "warning"
+    remedy: Literal["release_cache", "enable_checkpointing", "offload_optimizer"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"after step {self.step}: {self.remedy.replace('_', ' ')} and try again ({self.reason})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerStepFinished(Event):
+    """An optimizer step ran out of memory and was finished, each parameter updated once, in ``parts`` parts."""
+
+    level: ClassVar[Level] = "warning"
+    parts: int
+    reason: str
+
+    def __str__(self) -> str:
+        how = "after memory was released" if self.parts == 1 else f"in {self.parts} parts"
+        return f"after step {self.step}: optimizer step finished {how}, same update ({self.reason})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationShrunk(Event):
+    level: ClassVar[Level] = "warning"
+    from_size: int
+    to_size: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"evaluation after step {self.step}: {self.from_size} -> {self.to_size} rows at a time ({self.reason})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
     path: str
     save_s: float

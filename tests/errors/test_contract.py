@@ -33,6 +33,10 @@ MAY_BE_RAISED_ANYWHERE = {
 MAY_BE_RAISED_IN: dict[str, dict[str, str]] = {
     "checkpoint": {"ValueError": "private parsers; the public function makes it a CheckpointError with the path"},
     "guards/oom.py": {"ValueError": "an arithmetic precondition that only our own code can break"},
+    "memory/prediction.py": {"ValueError": "an arithmetic precondition that only our own code can break"},
+    "memory/trace_record.py": {"RuntimeError": "private; a trace that cannot be finished says why and falls back"},
+    "memory/trace.py": {"AssertionError": "unreachable: the last attempt returns or raises"},
+    "runtime/sharded.py": {"ValueError": "as load_state_dict does; the caller makes it a CheckpointError"},
     "runtime/signals.py": {"KeyboardInterrupt": "the second signal: what Python itself would have raised"},
     "runtime/split.py": {"ValueError": "an arithmetic precondition that only our own code can break"},
     "runtime/watched.py": {"KeyError": "as load_state_dict does; the caller makes it a CheckpointError"},

@@ -108,7 +108,7 @@ def test_a_subclass_of_a_condition_needs_a_code_of_its_own() -> None:
 
 
 def test_a_code_known_from_a_seed_needs_no_family_prefix() -> None:
-    assert define(code="SLAO_MERGE_DIVERGED").code == "SLAO_MERGE_DIVERGED"
+    assert define(code="UI_OUTPUT_DIR_FORBIDDEN").code == "UI_OUTPUT_DIR_FORBIDDEN"
     with pytest.raises(TypeError, match="unknown family"):
         define(code="SLAO_MERGE_SLOW")
 

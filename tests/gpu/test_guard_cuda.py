@@ -18,7 +18,9 @@ from torch.nn import functional
 
 from trainwarden import Guard
 from trainwarden.errors import GPUMemoryError
-from trainwarden.events import MicroBatchShrunk
+from trainwarden.events import EvaluationShrunk, MicroBatchShrunk, OptimizerStepFinished
+from trainwarden.runtime.optimizer_step import OptimizerStep
+from trainwarden.testing import FailingAllocation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -151,3 +153,92 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         run(tmp_path / "b", 4)
     assert torch.equal(run(tmp_path / "b", None), whole)
+
+
+# -- the optimizer's step ----------------------------------------------------------------------------------------
+
+
+LAYERS, LAYER_WIDTH = 8, 2048  # 16 MiB each in float32
+
+
+def optimise(run_dir: Path, how: str, *, at_step: int = -1, spare_mib: float = 0.0) -> tuple[torch.Tensor, list[Any]]:
+    """Three steps of AdamW; in one of them only ``spare_mib`` beyond what is in use may be allocated."""
+    events: list[Any] = []
+    torch.manual_seed(2)
+    model = nn.ModuleList(nn.Linear(LAYER_WIDTH, LAYER_WIDTH, bias=False) for _ in range(LAYERS)).cuda()
+    options = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}[how]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+    guard = Guard(run_dir, observers=[events.append], checkpoint_every_s=None)
+    with guard.watch(model=model, optimizer=optimizer):
+        for batch in guard.batches([torch.ones(2, LAYER_WIDTH).cuda()], max_steps=3):
+            guard.backward(lambda b: sum(layer(b).square().mean() for layer in model), batch)
+            if guard.steps_completed == at_step:
+                torch.cuda.empty_cache()
+                allow_gib(torch.cuda.memory_reserved() / 2**30 + spare_mib / 1024)
+            optimizer.step()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            optimizer.zero_grad()
+    counted = {float(state["step"]) for state in optimizer.state.values()}
+    assert counted == {3.0}, "every parameter has taken every step once"
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).cpu(), events
+
+
+@pytest.mark.parametrize(
+    ("how", "at_step", "spare_mib"),
+    [
+        ("foreach", 0, LAYERS * 32 + 40),  # all states and two temporaries; all temporaries would take 128 MiB
+        ("for-loop", 0, LAYERS * 32 + 80),
+        ("foreach", 1, 40),
+    ],
+)
+def test_an_optimizer_step_that_runs_out_of_memory_is_finished_bit_for_bit(
+    tmp_path: Path, how: str, at_step: int, spare_mib: float
+) -> None:
+    whole, _ = optimise(tmp_path / "a", how)
+    finished, events = optimise(tmp_path / "b", how, at_step=at_step, spare_mib=spare_mib)
+    assert torch.equal(finished, whole)
+    assert how == "for-loop" or any(isinstance(event, OptimizerStepFinished) for event in events)
+
+
+@pytest.mark.parametrize("how", ["foreach", "fused", "for-loop"])
+def test_a_step_under_guard_is_torchs_own_at_whichever_allocation_it_fails(tmp_path: Path, how: str) -> None:
+    whole, _ = optimise(tmp_path / "a", how)
+    options = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}[how]
+    for at in (1, 3, 9, 20):
+        torch.manual_seed(2)
+        model = nn.ModuleList(nn.Linear(LAYER_WIDTH, LAYER_WIDTH, bias=False) for _ in range(LAYERS)).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+        step = OptimizerStep(optimizer, optimizer.step, recover=True, on_finished=lambda *_: None)
+        for index in range(3):
+            sum(layer(torch.ones(2, LAYER_WIDTH).cuda()).square().mean() for layer in model).backward()
+            with FailingAllocation(at if index in (0, 2) else None):
+                step.run()
+            optimizer.zero_grad()
+        assert torch.equal(torch.cat([p.detach().reshape(-1) for p in model.parameters()]).cpu(), whole)
+
+
+def test_a_memory_error_tells_what_is_free_and_reserved(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, observers=[])
+    held = torch.empty(2**20, device="cuda")
+    total = torch.cuda.get_device_properties(0).total_memory
+    with pytest.raises(GPUMemoryError) as caught:
+        guard.attempt("load", lambda: torch.empty(2 * total, dtype=torch.uint8, device="cuda"))
+    details = caught.value.details
+    assert details["phase"] == "load"
+    assert details["requested_bytes"] == pytest.approx(2 * total, rel=0.01)
+    assert details["free_bytes"] is not None
+    assert details["reserved_bytes"] >= held.nbytes
+    assert details["would_fit"]
+
+
+def test_evaluation_shrinks_on_a_real_lack_of_memory(tmp_path: Path) -> None:
+    model, events = deep_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(tmp_path, observers=[events.append])
+    rows = torch.randn(1 << 18, WIDTH, generator=torch.Generator().manual_seed(0)).cuda()
+    with guard.watch(model=model, optimizer=optimizer):
+        whole = guard.evaluate(lambda b: model(b).square().mean(), [rows])
+        allow_gib(torch.cuda.memory_allocated() / 2**30 + 0.4)
+        in_parts = guard.evaluate(lambda b: model(b).square().mean(), [rows])
+    assert in_parts == pytest.approx(whole, rel=1e-5)
+    assert any(isinstance(event, EvaluationShrunk) for event in events)

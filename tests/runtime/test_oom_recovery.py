@@ -9,6 +9,8 @@ import sys
 import textwrap
 import weakref
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from tests.runtime.loops import ComputeLoss, Loop, Rows, distance, small_model
+from tests.waiting import LIMIT_S
 from trainwarden import Guard, rows, shifted_target_tokens, target_tokens
 from trainwarden.errors import GPUMemoryError, SplitRefusedError
 from trainwarden.events import MicroBatchShrunk
@@ -68,6 +71,12 @@ def test_a_run_that_never_runs_out_of_memory_is_bit_identical_to_one_without_a_g
     assert torch.equal(guarded.weights(), bare)
 
 
+@pytest.fixture
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Loop]:
+    """The run that nothing happens to, by batch size."""
+    return cache(lambda batch_size: Loop(tmp_path_factory.mktemp("a"), batch_size=batch_size).run())
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fits=st.integers(1, 7),
@@ -77,20 +86,21 @@ def test_a_run_that_never_runs_out_of_memory_is_bit_identical_to_one_without_a_g
 )
 def test_wherever_it_strikes_the_weights_end_where_they_would_have(
     tmp_path_factory: pytest.TempPathFactory,
+    undisturbed: Callable[[int], Loop],
     fits: int,
     from_step: int,
     phase: Literal["forward", "backward"],
     batch_size: int,
 ) -> None:
-    undisturbed = Loop(tmp_path_factory.mktemp("a"), batch_size=batch_size).run()
     loop = Loop(
         tmp_path_factory.mktemp("b"),
         batch_size=batch_size,
         disturb=ceiling(fits, from_step, phase=phase),
         guard_options={"max_shrinks": 4},
     ).run()
-    assert distance(loop.weights(), undisturbed.weights()) < 1e-5
-    assert loop.learning_rates == undisturbed.learning_rates
+    expected = undisturbed(batch_size)
+    assert distance(loop.weights(), expected.weights()) < 1e-5
+    assert loop.learning_rates == expected.learning_rates
     assert loop.guard.micro_batch_size is None or loop.guard.micro_batch_size <= fits
 
 
@@ -501,7 +511,7 @@ def test_a_real_allocator_failure_is_recovered(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path / "run")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
         # Every tensor is mapped by itself and unmapped when freed, so that the size now is what is in use.
         env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         check=False,

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from tests.runtime.loops import Rows
 from trainwarden.errors import DatasetError, InvalidSettingError
-from trainwarden.runtime.position import DataPosition
+from trainwarden.runtime.position import DataPosition, rescaled
 
 
 def take(position: DataPosition, count: int) -> list[Any]:
@@ -198,3 +198,19 @@ def test_a_spent_once_iterator_is_refused_at_once() -> None:
 def test_an_epoch_without_a_batch_is_an_error_not_an_endless_loop() -> None:
     with pytest.raises(DatasetError, match="no batch"):
         take(DataPosition([], say=lambda _: None), 1)
+
+
+@given(batch_index=st.integers(0, 500), before=st.integers(1, 500), now=st.integers(1, 500))
+def test_another_number_of_ranks_continues_at_the_same_part_of_the_epoch(
+    batch_index: int, before: int, now: int
+) -> None:
+    batch_index = min(batch_index, before)
+    found = rescaled({"batch_index": batch_index, "batches": before}, now)["batch_index"]
+    assert 0 <= found <= now
+    assert found - 1 < batch_index * now / before <= found
+
+
+def test_a_position_without_a_length_is_taken_as_it_is() -> None:
+    position = {"batch_index": 7, "batches": None}
+    assert rescaled(position, 20) == position
+    assert rescaled({"batch_index": 7, "batches": 9}, None)["batch_index"] == 7

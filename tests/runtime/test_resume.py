@@ -57,25 +57,35 @@ def noisy_loader() -> DataLoader[Any]:
     return DataLoader(Rows(40, noise=True), batch_size=8, shuffle=True)
 
 
+@pytest.fixture
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Loop]:
+    """What a run comes to that nobody interrupts and that takes no checkpoint on its way, by ``fused``."""
+    return {
+        fused: Loop(
+            tmp_path_factory.mktemp("whole"), loader=noisy_loader(), max_steps=20, dropout=0.3, fused=fused
+        ).run()
+        for fused in (False, True)
+    }
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stop=st.integers(2, 19), every=st.integers(1, 5), fused=st.booleans())
 def test_an_interrupted_run_ends_bit_identically(
-    tmp_path_factory: pytest.TempPathFactory, stop: int, every: int, fused: bool
+    tmp_path_factory: pytest.TempPathFactory, uninterrupted: dict[bool, Loop], stop: int, every: int, fused: bool
 ) -> None:
     """Dropout, sample noise, a shuffled loader over several epochs and a scheduler: all draws must be the same."""
     options: dict[str, Any] = {"max_steps": 20, "dropout": 0.3, "fused": fused}
     options["guard_options"] = {"checkpoint_every_steps": every}
-    uninterrupted = Loop(tmp_path_factory.mktemp("a"), loader=noisy_loader(), **options).run()
     run_dir = tmp_path_factory.mktemp("b")
     with pytest.raises(Interrupted):
         Loop(run_dir, loader=noisy_loader(), after_step=interrupt_after(stop), **options).run()
     random.seed(99)
     resumed = Loop(run_dir, loader=noisy_loader(), **options).run()
-    assert torch.equal(resumed.weights(), uninterrupted.weights())
+    assert torch.equal(resumed.weights(), uninterrupted[fused].weights())
     assert resumed.guard.steps_completed == 20
     saved = (stop - 1) // every * every
     assert [e.step for e in resumed.named(Resumed)] == ([saved] if saved else [])
-    assert resumed.losses == uninterrupted.losses[saved:]
+    assert resumed.losses == uninterrupted[fused].losses[saved:]
 
 
 def test_a_resume_says_where_it_continues(tmp_path: Path) -> None:
@@ -481,7 +491,8 @@ def test_unrelated_files_in_the_run_directory_survive(tmp_path: Path) -> None:
 def test_a_checkpoint_is_due_by_steps_or_by_seconds_and_never_twice_for_one_step(
     every_steps: int | None, every_s: float | None, steps: int, seconds: float
 ) -> None:
-    due = CheckpointPolicy(every_steps, every_s).due(steps, seconds)
+    policy = CheckpointPolicy(every_steps, every_s)
+    due = policy.due_by_steps(steps) or policy.due_by_time(steps, seconds)
     by_steps = every_steps is not None and steps >= every_steps
     by_time = every_s is not None and seconds >= every_s
     assert due == (steps > 0 and (by_steps or by_time))

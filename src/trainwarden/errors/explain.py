@@ -64,7 +64,9 @@ def explain_text(code_or_alias: str) -> str:
     facts = [(name, value) for name, value in _facts(about) if value]
     width = max(len(name) for name, _ in facts) + 2
     lines = [f"{about['code']}  ({about['type']})", *_wrapped(about["summary"]), ""]
-    lines += [f"  {name:<{width}}{value}" for name, value in facts]
+    for name, value in facts:
+        first, *rest = _wrapped(value)
+        lines += [f"  {name:<{width}}{first}", *(f"  {'':<{width}}{line}" for line in rest)]
     for title, text in about["sections"].items():
         lines += ["", title.upper(), *_blocks(text)]
     return "\n".join(lines)

@@ -161,4 +161,4 @@ class FullFinetuneModelTooLargeError(
     offload_billions: float | None
     needed_bytes: int
     available_bytes: int
-    fitting: list[str]
+    fits: list[str]

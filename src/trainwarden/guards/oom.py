@@ -10,14 +10,15 @@ import torch
 
 _MESSAGES = re.compile(
     r"""
-      ^CUDA\ (error:\ )?out\ of\ memory             # caching allocator text; driver, also as AcceleratorError
+      ^CUDA\ (error:\ |driver\ error:\ )?out\ of\ memory  # caching allocator; runtime; driver (expandable segments)
     | ^(HIP|XPU)\ (error:\ )?out\ of\ memory
     | ^MPS\ backend\ out\ of\ memory
-    | CUBLAS_STATUS_ALLOC_FAILED
-    | CUBLAS_STATUS_NOT_INITIALIZED                 # cublasCreate cannot get its workspace
-    | CUDNN_STATUS_ALLOC_FAILED
-    | [Uu]nable\ to\ find\ an\ engine\ to\ execute  # cuDNN: no algorithm fits its workspace
-    | Cuda\ failure\ 2\ 'out\ of\ memory'           # NCCL
+    | UR_RESULT_ERROR_OUT_OF_(DEVICE|HOST)_MEMORY         # XPU, below torch's allocator
+    | (CUBLAS|HIPBLAS|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED | CUFFT_ALLOC_FAILED
+    | (CUBLAS|HIPBLAS)_STATUS_NOT_INITIALIZED             # the library's handle cannot get its workspace
+    | CUDNN_STATUS_(INTERNAL_ERROR_(DEVICE|HOST)_)?ALLOC(ATION)?_FAILED
+    | [Uu]nable\ to\ find\ an\ engine\ to\ execute        # cuDNN: no algorithm fits its workspace
+    | Cuda\ failure\ (2\ )?'out\ of\ memory'              # NCCL
     | DefaultCPUAllocator:\ (can't\ allocate\ memory|not\ enough\ memory)
     | ^std::bad_alloc$
     """,
@@ -25,6 +26,7 @@ _MESSAGES = re.compile(
 )
 _REQUESTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)")
 _FREE = re.compile(r"of which ([\d.]+) ?(bytes|KiB|MiB|GiB) is free")
+_UNUSED = re.compile(r"([\d.]+) ?(bytes|KiB|MiB|GiB) is reserved by PyTorch but unallocated")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -41,11 +43,16 @@ def is_out_of_memory(exc: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class MemoryFailure:
-    """What an out-of-memory message tells. ``None`` means that it does not say."""
+    """What an out-of-memory message tells. ``None`` means that it does not say.
+
+    ``free_bytes`` are free on the device, ``unused_bytes`` held by the allocator without being in use: in pieces that
+    were too small.
+    """
 
     text: str
     requested_bytes: int | None
     free_bytes: int | None
+    unused_bytes: int | None = None
 
     @classmethod
     def from_exception(cls, exc: BaseException) -> MemoryFailure:
@@ -57,6 +64,7 @@ class MemoryFailure:
             first_line[: requested.end()] if requested else first_line[:200],
             _parse_bytes(_REQUESTED, text),
             _parse_bytes(_FREE, text),
+            _parse_bytes(_UNUSED, text),
         )
 
 
@@ -77,11 +85,9 @@ class OOMPolicy:
     enabled: bool = True
     max_shrinks: int = 3
 
-    def next_limit(self, failed_rows: int, shrinks_this_step: int) -> int | None:
-        """Rows of the largest micro-batch to try after one of ``failed_rows`` did not fit; ``None``: give up."""
-        if not self.enabled or failed_rows <= 1 or shrinks_this_step >= self.max_shrinks:
-            return None
-        return -(-failed_rows // 2)
+    def may_shrink(self, failed_rows: int, shrinks_this_step: int) -> bool:
+        """Whether a micro-batch of ``failed_rows`` that did not fit may be cut smaller."""
+        return self.enabled and failed_rows > 1 and shrinks_this_step < self.max_shrinks
 
 
 def part_sizes(rows: int, limit: int, used: Collection[int] = ()) -> tuple[int, ...]:

@@ -13,12 +13,18 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainwarden.guards.finite import StepFindings
+from trainwarden.runtime.optimizer_step import PHASE as STEP_PHASE
+from trainwarden.runtime.optimizer_step import OptimizerStep
+from trainwarden.runtime.phases import SWITCHED_OFF, attempt
+from trainwarden.runtime.sharded import group_of, local, summed
+
+T = TypeVar("T")
 
 Mode = Literal["host", "device"]
 
@@ -66,8 +72,9 @@ class _Pending:
 class OptimizerGate:
     """Wraps one optimizer instance's ``step`` between `install` and `remove`.
 
-    ``take_losses()`` hands over the losses (0-d tensors) that led to this step; ``on_called()`` is told of every call.
-    Findings are collected by `poll`.
+    ``take_losses()`` hands over the losses (0-d tensors) that led to this step; ``on_called()`` is told of every call
+    that came through. ``on_finished(parts, reason)`` is told of steps that ran out of memory and were finished, unless
+    ``recover`` is False. Findings are collected by `poll`.
     """
 
     def __init__(
@@ -77,6 +84,9 @@ class OptimizerGate:
         take_losses: Callable[[], Sequence[Tensor]],
         on_called: Callable[[], None],
         current_step: Callable[[], int],
+        recover: bool = True,
+        say: Callable[[str], None] = lambda _text: None,
+        on_finished: Callable[[int, str], None] = lambda _parts, _reason: None,
         mode: Mode | None = None,
     ) -> None:
         self.optimizer = optimizer
@@ -85,6 +95,9 @@ class OptimizerGate:
         self._on_called = on_called
         self._current_step = current_step
         self._step = optimizer.step
+        self._runner = OptimizerStep(optimizer, self._step, recover=recover, on_finished=on_finished)
+        self._recover = recover
+        self._say = say
         self._installed: types.MethodType | None = None
         self._arrived: list[tuple[int, StepFindings]] = []
         self._pending: deque[_Pending] = deque()
@@ -117,23 +130,39 @@ class OptimizerGate:
             arrived.append((pending.step, StepFindings(not loss_bad, not gradients_bad)))
         return arrived
 
+    @property
+    def torn(self) -> bool:
+        """Whether an update is half applied, or may be: such weights must not be saved."""
+        return self._runner.torn
+
     # -- the wrapped step ----------------------------------------------------------------------------------------
 
     def _guarded_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._on_called()
         losses = self._take_losses()
+        result = self._judged_step(losses, args, kwargs)
+        self._on_called()  # only now: a step that raised is no step
+        return result
+
+    def _judged_step(self, losses: Sequence[Tensor], args: Sequence[Any], kwargs: Any) -> Any:
         if (args[0] if args else kwargs.get("closure")) is not None:
-            return self._step(*args, **kwargs)  # the closure computes the gradients: there is nothing to see yet
+            return self._runner.run(*args, **kwargs)  # the closure computes the gradients: nothing is to be seen yet
         gradients = [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
         if self.mode == "host" or self._lacks_momentum(gradients):
             return self._step_on_host(losses, gradients, kwargs)
         return self._step_on_device(losses, gradients, kwargs)
 
+    def _checked(self, gradients: Sequence[Tensor], check: Callable[[], T]) -> T:
+        """What ``check()`` returns; it changes nothing, so it may be done again when memory runs out."""
+        refusal = None if self._recover else SWITCHED_OFF
+        if group_of(gradients) is not None:
+            refusal = "every rank takes part in looking at distributed gradients"
+        return attempt(STEP_PHASE, check, refusal=refusal, say=self._say, draws=False)
+
     def _step_on_host(self, losses: Sequence[Tensor], gradients: Sequence[Tensor], kwargs: Any) -> Any:
-        findings = self._findings(losses, gradients)
+        findings = self._checked(gradients, lambda: self._findings(losses, gradients))
         self._arrived.append((self._current_step(), findings))
         if findings.what is None:
-            return self._step(**kwargs)
+            return self._runner.run(**kwargs)
         # A scheduler warns about a step that never came unless the optimizer counts as called.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return None
@@ -142,20 +171,27 @@ class OptimizerGate:
         if _looks_finite(gradients, losses):
             return _FINITE
         # A norm overflows above 1.8e19 although every element is finite: only an exact pass convicts.
-        return StepFindings(
-            loss_finite=all(bool(torch.isfinite(loss)) for loss in losses),
-            gradients_finite=all(bool(torch.isfinite(_values(g)).all()) for g in gradients),
-        )
+        bad_loss = not all(bool(torch.isfinite(loss)) for loss in losses)
+        bad_gradient = not all(bool(torch.isfinite(_values(g)).all()) for g in gradients)
+        found = summed(torch.tensor([bad_loss, bad_gradient], dtype=torch.int32), group_of(gradients))
+        return StepFindings(loss_finite=not found[0], gradients_finite=not found[1])
 
     def _step_on_device(self, losses: Sequence[Tensor], gradients: Sequence[Tensor], kwargs: Any) -> Any:
-        device = next((g.device for g in gradients), torch.device("cpu"))
-        bad = torch.stack([_any_not_finite(losses, device), _any_not_finite_gradient(gradients, device)])
-        found = bad.any().float()
         scaler_found = getattr(self.optimizer, "found_inf", None)
-        merged = found if scaler_found is None else torch.maximum(found, scaler_found.to(device))
+
+        def verdict() -> tuple[Tensor, Tensor]:
+            device = next((g.device for g in gradients), torch.device("cpu"))
+            bad = torch.stack([_any_not_finite(losses, device), _any_not_finite_gradient(gradients, device)])
+            group = group_of(gradients)
+            if group is not None:
+                bad = summed(bad.int(), group).bool()
+            found = bad.any().float()
+            return bad, found if scaler_found is None else torch.maximum(found, scaler_found.to(device))
+
+        bad, merged = self._checked(gradients, verdict)
         self.optimizer.found_inf = merged  # type: ignore[attr-defined]
         try:
-            return self._step(**kwargs)
+            return self._runner.run(**kwargs)
         finally:
             if scaler_found is None:
                 del self.optimizer.found_inf  # type: ignore[attr-defined]
@@ -193,11 +229,12 @@ def _is_ready(pending: _Pending) -> bool:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    return gradient._values() if gradient.is_sparse else gradient
+    """The numbers of a gradient that lie on this rank."""
+    return gradient._values() if gradient.is_sparse else local(gradient)
 
 
 def _looks_finite(gradients: Sequence[Tensor], losses: Sequence[Tensor]) -> bool:
-    """False when anything may be non-finite. One reduction at memory bandwidth and one value read."""
+    """False when anything may be non-finite, on any rank. One reduction at memory bandwidth and one value read."""
     dense = [_values(gradient) for gradient in gradients]
     kinds = {(gradient.dtype, gradient.device) for gradient in dense}
     # In float32, since a half-precision norm overflows above 65,504; wider gradients keep their own type.
@@ -205,11 +242,16 @@ def _looks_finite(gradients: Sequence[Tensor], losses: Sequence[Tensor]) -> bool
     norms = list(torch._foreach_norm(dense, 2, None if wide else torch.float32)) if dense else []
     # NaN and infinity survive addition; a sum that overflows only leads to the exact pass.
     if len(norms) <= _FEW and all(scalar.device.type == "cpu" for scalar in (*norms, *losses)):
-        return math.isfinite(sum([scalar.item() for scalar in (*norms, *losses)]))
-    first = norms[0] if norms else losses[0]
-    if len(kinds) > 1:
-        norms = [norm.to(first) for norm in norms]
-    return math.isfinite(float(torch.stack([*norms, *(loss.to(first).reshape(()) for loss in losses)]).sum()))
+        total = sum([scalar.item() for scalar in (*norms, *losses)])
+    else:
+        first = norms[0] if norms else losses[0]
+        if len(kinds) > 1:
+            norms = [norm.to(first) for norm in norms]
+        total = float(torch.stack([*norms, *(loss.to(first).reshape(()) for loss in losses)]).sum())
+    group = group_of(gradients)
+    if group is not None:
+        total = float(summed(torch.tensor(total, dtype=torch.float64), group))
+    return math.isfinite(total)
 
 
 def _any_not_finite(losses: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -219,8 +261,9 @@ def _any_not_finite(losses: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _any_not_finite_gradient(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    if not gradients:
+    values = [numbers for numbers in map(_values, gradients) if numbers.numel()]  # of nothing there is no maximum
+    if not values:
         return torch.zeros((), dtype=torch.bool, device=device)
     # The maximum norm cannot overflow, so the verdict is exact without a second pass.
-    norm = torch.nn.utils.get_total_norm([_values(g) for g in gradients], float("inf"))
+    norm = torch.nn.utils.get_total_norm(values, float("inf"))
     return ~norm.to(device).isfinite()

@@ -6,28 +6,34 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from trainwarden.device import Sampler
 from trainwarden.errors import InvalidSettingError, install_excepthook
-from trainwarden.events import Event, Notice, Observer, announce
+from trainwarden.events import EvaluationShrunk, Event, Notice, Observer, announce
 from trainwarden.guards.finite import FinitePolicy
 from trainwarden.guards.hardware import HardwarePolicies
 from trainwarden.guards.oom import OOMPolicy
 from trainwarden.runtime.backward import ComputeLoss
-from trainwarden.runtime.journal import RunJournal
+from trainwarden.runtime.evaluation import Evaluate, Evaluation
+from trainwarden.runtime.journal import open_journal
 from trainwarden.runtime.keeper import CheckpointPolicy
+from trainwarden.runtime.phases import SWITCHED_OFF, attempt, clip_grad_norm
+from trainwarden.runtime.ranks import DEFAULT_DEADLINE_S, current_ranks
 from trainwarden.runtime.session import Policies, Progress, Resume, Session
+from trainwarden.runtime.sharded import is_sharded
 from trainwarden.runtime.split import Split, Weight
 from trainwarden.runtime.watched import Watched
 
 DEFAULT_HARDWARE = HardwarePolicies()
 
+T = TypeVar("T")
+
 
 class Guard:
-    """Guards one run of any PyTorch training loop on one device.
+    """Guards one run of any PyTorch training loop, in one process or in every rank of a distributed run.
 
     ::
 
@@ -59,6 +65,7 @@ class Guard:
         observers: callables that take one `Event`; ``None``: notices and warnings as lines on stderr.
         command: command line that starts the run again; by default this process's own.
         config: JSON-serialisable configuration from which ``warden resume`` can start the run again.
+        rank_deadline_s: how long a rank of a distributed run is waited for before `RankLostError`.
         clock: monotonic seconds; tests replace it.
 
     Raises:
@@ -85,6 +92,7 @@ class Guard:
         observers: Iterable[Observer] | None = None,
         command: Sequence[str] | None = None,
         config: Mapping[str, Any] | None = None,
+        rank_deadline_s: float = DEFAULT_DEADLINE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check_count("max_shrinks", max_shrinks, 0)
@@ -109,8 +117,15 @@ class Guard:
         self._observers = (announce,) if observers is None else tuple(observers)
         self._command = command
         self._config = config
+        self._rank_deadline_s = rank_deadline_s
         self._clock = clock
         self._session: Session | None = None
+        self._evaluation = Evaluation(
+            recover=self._policies.oom.enabled,
+            split=split,
+            verify=self._policies.verify_split,
+            on_shrink=self._say_evaluation_shrink,
+        )
 
     # -- public state --------------------------------------------------------------------------------------------
 
@@ -172,12 +187,16 @@ class Guard:
         save_frozen = self._policies.save_frozen
         watched = Watched.collect(model, optimizer, scheduler, scaler, others, save_frozen=save_frozen)
         names = ", ".join(type(one).__name__ for one in watched.models.values())
-        journal = RunJournal(self.run_dir, self._command, self._config, model=names, notice=self._notice)
+        ranks = current_ranks(self._rank_deadline_s)
+        if ranks.rank != 0:  # what rank 0 tells a person need not be told again
+            self._observers = tuple(observer for observer in self._observers if observer is not announce)
+        journal = open_journal(ranks, self.run_dir, self._command, self._config, model=names, notice=self._notice)
         self._session = session = Session(
             self._policies,
             self._progress,
             watched,
             journal,
+            ranks,
             emit=self.emit,
             notice=self._notice,
             clock=self._clock,
@@ -190,10 +209,22 @@ class Guard:
             yield self
             session.end()
         except BaseException as error:
+            lost = session.lost(error)
+            if lost is not None:
+                session.fail(lost)
+                raise lost from error
             session.fail(error)
             raise
         finally:
             self._session = None
+            ranks.close()
+
+    def foretell(self, rows: int) -> None:
+        """Says, before `watch`, that micro-batches of at most ``rows`` rows are predicted to fit and larger ones not.
+
+        A resumed run goes by what it has learned instead.
+        """
+        self._progress.plan.limit = rows
 
     def batches(self, loader: Iterable[Any], *, max_steps: int) -> Iterator[Any]:
         """Batches from ``loader``, over as many epochs as it takes until ``max_steps`` optimizer steps are completed.
@@ -235,8 +266,81 @@ class Guard:
         """
         session = self._watching("backward")
         loss = session.backward.run(compute_loss, batch, weight)
-        session.steps.note_backward(loss)
+        session.steps.note_backward(loss, session.backward.loss_of_ranks)
         return loss
+
+    def attempt(self, phase: str, task: Callable[[], T]) -> T:
+        """What ``task()`` returns; when memory runs out it is run once more after memory was released, and announced.
+
+        For what has no batch to split, such as loading a model, inside ``watch`` or before it. The second attempt draws
+        the same random numbers as the first; anything else that the task changes, it must be able to change twice.
+
+        Args:
+            phase: what the task does, for people: ``"load"``.
+            task: takes nothing. What it makes must not outlive its failure (no half-built model in an outer variable).
+
+        Raises:
+            GPUMemoryError: memory ran out twice, or once with ``oom_recovery=False``.
+        """
+        refusal = None if self._policies.oom.enabled else SWITCHED_OFF
+        return attempt(phase, task, refusal=refusal, say=self._notice)
+
+    def clip_grad_norm_(
+        self,
+        parameters: torch.Tensor | Iterable[torch.Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> torch.Tensor:
+        """`torch.nn.utils.clip_grad_norm_`, bit for bit, that survives running out of memory.
+
+        With a ``GradScaler``, call ``scaler.unscale_(optimizer)`` first, as ever.
+
+        Returns:
+            The total norm before clipping, 0-d.
+
+        Raises:
+            GPUMemoryError: memory ran out again after it was released; the gradients are then of no use, the weights
+                those of the last step.
+            RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
+        """
+        return clip_grad_norm(
+            parameters,
+            max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+            foreach=foreach,
+            recover=self._policies.oom.enabled,
+            say=self._notice,
+        )
+
+    def evaluate(self, fn: Evaluate, loader: Iterable[Any], weight: Weight | None = None) -> float | dict[str, float]:
+        """The weighted mean of ``fn(batch)`` over all batches of ``loader``, in smaller parts when memory runs out.
+
+        Runs under ``no_grad`` with the watched models in evaluation mode; afterwards every module is in the mode that
+        it had, and every random stream where it was. The size that fits is remembered for the next evaluation and has
+        nothing to do with training's. Each process evaluates what it is given: a mean over ranks is up to you.
+
+        Args:
+            fn: takes a (part of a) batch and returns a mean over its rows, or a mapping of names to means; scalar
+                tensors, of which none is read from the device before the end, or numbers.
+            loader: batches as for `backward`.
+            weight: what a mean is taken over, as for `backward`; rows by default. A batch of weight 0 is left out.
+
+        Returns:
+            The mean, or a dictionary of means if ``fn`` returns a mapping; NaN if nothing was weighed.
+
+        Raises:
+            GPUMemoryError: not even one row fits.
+            SplitRefusedError: a batch has to be split, and cannot be, or the parts would give another mean.
+            InvalidSettingError: called outside ``watch``, or without ``weight`` for a batch without rows.
+        """
+        session = self._watching("evaluate")
+        together = session.ranks.world_size > 1 and any(is_sharded(leaf) for leaf in session.watched.leaves())
+        refusal = "a forward pass of sharded weights needs every rank at once" if together else None
+        models = list(session.watched.models.values())
+        return self._evaluation.run(fn, loader, weight, models, refusal=refusal)
 
     def emit(self, event: Event) -> None:
         """Tells all observers. One that fails is dropped with a notice: it must not end the run."""
@@ -254,6 +358,10 @@ class Guard:
             expected = "inside 'with guard.watch(model=…, optimizer=…):'"
             raise InvalidSettingError(setting=f"guard.{what}", value="called outside watch", expected=expected)
         return self._session
+
+    def _say_evaluation_shrink(self, from_size: int, to_size: int, reason: str) -> None:
+        step = self.steps_completed
+        self.emit(EvaluationShrunk(step=step, from_size=from_size, to_size=to_size, reason=reason))
 
     def _notice(self, text: str) -> None:
         self.emit(Notice(step=self.steps_completed, text=text))

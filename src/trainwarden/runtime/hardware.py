@@ -9,36 +9,29 @@ import torch
 
 from trainwarden.device import Sampler
 from trainwarden.events import Event
-from trainwarden.guards.decisions import Abort, Pause, ReleaseCache, Shrink
+from trainwarden.guards.decisions import Abort, ReleaseCache, Shrink
 from trainwarden.guards.hardware import HardwareGuard
+from trainwarden.runtime.ranks import Ranks, Wish
 
 POLL_S = 1.0
 """How often a paused run looks at its devices: the sampler's own period."""
 
 
 class HardwareWatch:
-    """The sampler and the guard of the devices that a run trains on, between `start` and `close`.
+    """The sampler and the guard of the devices that this process trains on, between `start` and `close`.
 
-    ``save()`` takes a checkpoint of what is not saved yet, ``shrink()`` asks for smaller micro-batches, ``stopping()``
-    tells whether somebody asked the run to stop.
+    ``shrink()`` asks for smaller micro-batches.
     """
 
     def __init__(
-        self,
-        guard: HardwareGuard,
-        sampler: Sampler,
-        *,
-        emit: Callable[[Event], None],
-        save: Callable[[], None],
-        shrink: Callable[[], None],
-        stopping: Callable[[], bool],
+        self, guard: HardwareGuard, sampler: Sampler, *, emit: Callable[[Event], None], shrink: Callable[[], None]
     ) -> None:
         self._guard = guard
         self._sampler = sampler
         self._emit = emit
-        self._save = save
         self._shrink = shrink
-        self._stopping = stopping
+        self.abort: Abort | None = None
+        """Why and how the run has to end, once it has."""
 
     def start(self) -> None:
         self._sampler.start()
@@ -47,30 +40,55 @@ class HardwareWatch:
         """Never waits long: a sampler that hangs in the driver is abandoned."""
         self._sampler.close()
 
-    def attend(self, step: int) -> None:
-        """Looks at the newest sample and does what it asks for; returns when the run may go on or is to stop.
+    @property
+    def paused(self) -> bool:
+        return self._guard.paused
 
-        Raises what ends the run: `GPUTemperatureError`, `GPUError`, `GPUMonitoringError`.
-        """
-        self._look(step)
-        while self._guard.paused and not self._stopping():
-            time.sleep(POLL_S)
-            self._look(step)
+    @property
+    def wants_attention(self) -> bool:
+        """Whether the run is to pause or to end."""
+        return self._guard.paused or self.abort is not None
 
-    def _look(self, step: int) -> None:
+    def look(self, step: int) -> None:
+        """Shows the newest sample to the guard and does what the rest of the run need not know of."""
         for decision in self._guard.observe(self._sampler.latest(), step=step):
             if isinstance(decision, Abort):
-                if decision.save_first:
-                    self._save()
-                raise decision.error
+                self.abort = decision
+                return
             self._emit(decision.event)
-            if isinstance(decision, Pause):
-                self._save()
-            elif isinstance(decision, Shrink):
+            if isinstance(decision, Shrink):
                 self._shrink()
                 _release_cache()
             elif isinstance(decision, ReleaseCache):
                 _release_cache()
+
+
+def attend(
+    watch: HardwareWatch | None,
+    ranks: Ranks,
+    *,
+    step: int,
+    save: Callable[[], None],
+    stopping: Callable[[], bool],
+) -> None:
+    """Saves, then waits with all ranks until no device asks for a pause any more or a stop is asked for.
+
+    Raises what ends the run, on all ranks: `GPUTemperatureError`, `GPUError`, `GPUMonitoringError`.
+    """
+    while True:
+        own = watch.abort if watch else None
+        aborts = [abort for abort in ranks.gather(own) if abort is not None]
+        if all(abort.save_first for abort in aborts):
+            save()
+        if aborts:
+            raise (own or aborts[0]).error
+        wishes = Wish.ATTEND if watch and watch.paused else Wish.NOTHING
+        agreed = ranks.vote(wishes | (Wish.STOP if stopping() else Wish.NOTHING))
+        if Wish.STOP in agreed or Wish.ATTEND not in agreed:
+            return
+        time.sleep(POLL_S)
+        if watch:
+            watch.look(step)
 
 
 def cuda_indices(tensors: Iterable[torch.Tensor]) -> set[int]:

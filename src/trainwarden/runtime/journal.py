@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trainwarden.errors import WardenError, exit_status
 from trainwarden.events import Observer
 from trainwarden.runs import EventLog, Ledger, RunDirectory
+from trainwarden.runtime.ranks import Ranks
 
 EXIT_INTERRUPTED = 130
 EXIT_FOREIGN_ERROR = 1
@@ -91,6 +92,54 @@ class RunJournal:
         """Closes log and directory without a word about how the run ended."""
         self._log.close()
         self._directory.close()
+
+
+class FollowerJournal:
+    """The journal of a rank other than 0: it knows the run and writes nothing."""
+
+    observers: tuple[Observer, ...] = ()
+
+    def __init__(self, run_id: str, path: Path, checkpoints: Path, resume_command: str) -> None:
+        self.run_id = run_id
+        self.path = path
+        self.checkpoints = checkpoints
+        self.resume_command = resume_command
+        self.begun = False
+
+    def begin(self) -> None:
+        self.begun = True
+
+    def end(
+        self, status: Literal["finished", "stopped", "failed"], error: BaseException | None, **figures: Any
+    ) -> None:
+        """Rank 0 keeps the record."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+def open_journal(
+    ranks: Ranks,
+    run_dir: Path,
+    command: Sequence[str] | None,
+    config: Mapping[str, Any] | None,
+    *,
+    model: str,
+    notice: Callable[[str], None],
+) -> RunJournal | FollowerJournal:
+    """The journal of this rank: rank 0 opens and locks the directory, the others hear which run it is.
+
+    Raises, on every rank, what `RunDirectory.open` raises on rank 0.
+    """
+    opened: list[RunJournal] = []
+
+    def open_here() -> tuple[str, Path, Path, str]:
+        journal = RunJournal(run_dir, command, config, model=model, notice=notice)
+        opened.append(journal)
+        return journal.run_id, journal.path, journal.checkpoints, journal.resume_command
+
+    facts = ranks.lead(open_here)
+    return opened[0] if opened else FollowerJournal(*facts)
 
 
 def _exit_code(error: BaseException | None) -> int:

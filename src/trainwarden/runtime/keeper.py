@@ -13,11 +13,13 @@ from trainwarden.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     DiskFullError,
+    GPUMemoryError,
     InvalidSettingError,
     ResumeMismatchError,
     RunExistsError,
 )
-from trainwarden.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event, Resumed
+from trainwarden.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event, Notice, Resumed
+from trainwarden.runtime.phases import CHECKPOINT, attempt
 from trainwarden.runtime.watched import differences
 
 MAX_FAILURES_IN_A_ROW = 3
@@ -41,11 +43,11 @@ class CheckpointPolicy:
             expected = "a positive number of seconds, or None"
             raise InvalidSettingError(setting="checkpoint_every_s", value=seconds, expected=expected)
 
-    def due(self, steps_since: int, seconds_since: float) -> bool:
-        if steps_since < 1:
-            return False
-        by_steps = self.every_steps is not None and steps_since >= self.every_steps
-        return by_steps or (self.every_s is not None and seconds_since >= self.every_s)
+    def due_by_steps(self, steps_since: int) -> bool:
+        return self.every_steps is not None and steps_since >= self.every_steps
+
+    def due_by_time(self, steps_since: int, seconds_since: float) -> bool:
+        return self.every_s is not None and steps_since >= 1 and seconds_since >= self.every_s
 
 
 class CheckpointKeeper:
@@ -83,8 +85,13 @@ class CheckpointKeeper:
             if resume == "must":
                 raise CheckpointNotFoundError(path=str(self._directory))
             return None
-        self.last_saved_step = checkpoint.step
-        self._last_try = (checkpoint.step, self._clock())
+        self.note_save(checkpoint.step, saved=True)
+        return checkpoint
+
+    def load(self, path: Path) -> Checkpoint:
+        """The checkpoint that another rank has found and verified. Raises `CheckpointError`."""
+        checkpoint = self._store.load(path)
+        self.note_save(checkpoint.step, saved=True)
         return checkpoint
 
     def check_fingerprint(self, saved: Mapping[str, Any], now: Mapping[str, Any], accepted: Sequence[str]) -> None:
@@ -106,19 +113,29 @@ class CheckpointKeeper:
             )
         )
 
-    def due(self, step: int) -> bool:
+    def due_by_steps(self, step: int) -> bool:
+        """The same on every rank."""
+        return self._policy.due_by_steps(step - self._last_try[0])
+
+    def due_by_time(self, step: int) -> bool:
+        """By this process's clock: ranks have to agree on it."""
         last_step, last_s = self._last_try
-        return self._policy.due(step - last_step, self._clock() - last_s)
+        return self._policy.due_by_time(step - last_step, self._clock() - last_s)
 
     def save(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any], *, required: bool) -> Path | None:
         """Writes and verifies a checkpoint; ``None`` when it failed and need not succeed this time.
 
-        Raises `DiskFullError` or `CheckpointError` when ``required``, or after too many failures in a row.
+        Raises `DiskFullError`, `CheckpointError` or `GPUMemoryError` when ``required``, or after too many failures in
+        a row. A lack of memory is a failure only if releasing some does not help.
         """
         began_s = time.perf_counter()
+
+        def say(text: str) -> None:
+            self._emit(Notice(step=step, text=text))
+
         try:
-            path = self._store.save(step, parts, meta)
-        except (DiskFullError, CheckpointError) as error:
+            path = attempt(CHECKPOINT, lambda: self._store.save(step, parts, meta), refusal=None, say=say, draws=False)
+        except (DiskFullError, CheckpointError, GPUMemoryError) as error:
             self._failures += 1
             reason = str(error)
             self._emit(CheckpointFailed(step=step, code=error.code, reason=reason, failures=self._failures))
@@ -126,11 +143,17 @@ class CheckpointKeeper:
                 raise
             return None
         finally:
-            self._last_try = (step, self._clock())
+            self.note_save(step, saved=False)
         self._failures = 0
-        self.last_saved_step = step
+        self.note_save(step, saved=True)
         self._emit(CheckpointSaved(step=step, path=str(path), save_s=time.perf_counter() - began_s))
         return path
+
+    def note_save(self, step: int, *, saved: bool) -> None:
+        """A checkpoint of this step was tried, here or by rank 0: the next one is due counting from it."""
+        self._last_try = (step, self._clock())
+        if saved:
+            self.last_saved_step = step
 
     def _announce_rejected(self, path: Path, reason: str) -> None:
         self._emit(CheckpointRejected(step=0, path=str(path), reason=reason))

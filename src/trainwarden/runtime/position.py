@@ -49,6 +49,7 @@ class DataPosition:
         state = {
             "epoch": self.epoch,
             "batch_index": self.batch_index,
+            "batches": batches_an_epoch(self.loader),
             "streams_at_opening": self._streams_at_opening,
             "streams": _capture_streams(self.loader),
         }
@@ -130,6 +131,25 @@ class DataPosition:
         for _ in itertools.islice(iterator, self.batch_index):
             pass
         return iterator
+
+
+def rescaled(position: Mapping[str, Any], batches: int | None) -> Mapping[str, Any]:
+    """A rank's position where another number of ranks goes on: as large a part of the epoch lies behind it.
+
+    ``batches`` an epoch now. Rounded up, so that no sample is trained twice; up to one batch a rank is left out.
+    """
+    before = position["batches"]
+    if not batches or not before:
+        return position
+    return {**position, "batch_index": -(-position["batch_index"] * batches // before)}
+
+
+def batches_an_epoch(loader: Any) -> int | None:
+    """As the loader says; ``None`` where it cannot."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # an iterable data set has no length
+        return None
 
 
 class _RemainingIndices:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from trainwarden.checkpoint import Checkpoint
 from trainwarden.device import Sampler
-from trainwarden.errors import InvalidSettingError, NaNLossError, TrainingAbortedError, WardenError
+from trainwarden.errors import (
+    InvalidSettingError,
+    NaNLossError,
+    RankLostError,
+    RestartNeededError,
+    TrainingAbortedError,
+    WardenError,
+)
 from trainwarden.events import (
     Event,
+    MemoryRemedyApplied,
+    MicroBatchGrown,
     MicroBatchShrunk,
+    OptimizerStepFinished,
     RunFinished,
     RunStarted,
     StepCompleted,
@@ -20,12 +31,19 @@ from trainwarden.events import (
 )
 from trainwarden.guards.finite import FinitePolicy
 from trainwarden.guards.hardware import HardwareGuard, HardwarePolicies
+from trainwarden.guards.ladder import AnyRemedy
 from trainwarden.guards.oom import OOMPolicy
+from trainwarden.runtime import next_plan
 from trainwarden.runtime.backward import MicroBatchPlan, SplitBackward
-from trainwarden.runtime.hardware import HardwareWatch, cuda_indices
-from trainwarden.runtime.journal import RunJournal
+from trainwarden.runtime.exchange import exchange_of
+from trainwarden.runtime.hardware import HardwareWatch, attend, cuda_indices
+from trainwarden.runtime.journal import FollowerJournal, RunJournal
 from trainwarden.runtime.keeper import CheckpointKeeper, CheckpointPolicy
-from trainwarden.runtime.position import DataPosition, describe_loader
+from trainwarden.runtime.lifeline import Lifeline
+from trainwarden.runtime.phases import CHECKPOINT, attempt
+from trainwarden.runtime.position import DataPosition, batches_an_epoch, describe_loader, rescaled
+from trainwarden.runtime.ranks import Ranks, Wish, is_rank_failure, leave_together, rank_lost
+from trainwarden.runtime.sharded import is_sharded
 from trainwarden.runtime.signals import StopSignals
 from trainwarden.runtime.split import Split
 from trainwarden.runtime.steps import StepWatch
@@ -72,7 +90,8 @@ class Session:
         policies: Policies,
         progress: Progress,
         watched: Watched,
-        journal: RunJournal,
+        journal: RunJournal | FollowerJournal,
+        ranks: Ranks,
         *,
         emit: Callable[[Event], None],
         notice: Callable[[str], None],
@@ -84,6 +103,7 @@ class Session:
         self.progress = progress
         self.watched = watched
         self.journal = journal
+        self.ranks = ranks
         self._emit = emit
         self._notice = notice
         self._clock = clock
@@ -91,8 +111,17 @@ class Session:
         self.position: DataPosition | None = None
         self.batch_open = False
         self.stop = StopSignals()
-        self.steps = StepWatch(watched, current_step=lambda: progress.steps_completed)
+        self.steps = StepWatch(
+            watched,
+            current_step=lambda: progress.steps_completed,
+            recover=policies.oom.enabled,
+            say=notice,
+            on_finished=self._say_step_finished,
+        )
         self.keeper = CheckpointKeeper(journal.checkpoints, policies.checkpoint, emit=emit, clock=clock)
+        self.exchange = exchange_of(list(watched.models.values()), notice)
+        lockstep = ranks.world_size > 1 and any(is_sharded(leaf) for leaf in watched.leaves())
+        self.lifeline = Lifeline(ranks.rank, ranks.world_size, add_context=self._add_context) if lockstep else None
         self.backward = SplitBackward(
             policies.oom,
             progress.plan,
@@ -100,17 +129,25 @@ class Session:
             leaves=watched.leaves,
             scale=watched.scaler.scale if watched.scaler is not None else lambda loss: loss,
             split=policies.split,
-            verify=policies.verify_split,
+            verify=policies.verify_split and not lockstep,  # the check runs forward passes, on this rank alone
             on_shrink=self._say_shrink,
+            on_grow=self._say_growth,
+            on_remedy=self._say_remedy,
+            exchange=self.exchange,
+            settle=self._settle,
+            lockstep=ranks.largest if lockstep else None,
         )
         self.hardware = self._hardware_watch(sampler)
-        self._fingerprint: dict[str, Any] = watched.fingerprint()
+        self._fingerprint: dict[str, Any] = {**watched.fingerprint(), "world_size": ranks.world_size}
         self._saved_guard_state: Mapping[str, Any] | None = None
         self._phase = -1
         self._max_steps = 0
         self._finished = False
         self._batches_since_step = 0
         self._step_ended_s = self._clock()
+        self._voted: Wish | None = None
+        self._leaving: WardenError | None = None
+        self._newest_shrink: MicroBatchShrunk | None = None
 
     def _hardware_watch(self, sampler: Sampler | None) -> HardwareWatch | None:
         """``None`` when nothing is to be watched: no policy, or no parameter on a GPU and no sampler given."""
@@ -121,29 +158,26 @@ class Session:
             HardwareGuard(self.policies.hardware, self._clock, devices=devices or None),
             sampler or Sampler(),
             emit=self._emit,
-            save=self._save_if_new,
             shrink=self.backward.shrink_ahead,
-            stopping=lambda: self.stop.reason is not None,
         )
 
     # -- begin and end -------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        progress = self.progress
-        checkpoint = self.keeper.find(self.policies.resume)
+        checkpoint = self._find_checkpoint()
         if checkpoint is None:
             self._emit(RunStarted(step=0, run_id=self.journal.run_id, run_dir=str(self.journal.path)))
         else:
-            saved = checkpoint.parts[GUARD_PART]
-            self.keeper.check_fingerprint(saved["fingerprint"], self._fingerprint, self.policies.accept_changes)
-            self.watched.load_state(checkpoint.parts, str(checkpoint.path))
-            progress.steps_completed = saved["steps_completed"]
-            progress.steps_skipped = saved["steps_skipped"]
-            progress.plan.load_state_dict(saved["plan"])
-            progress.newest_checkpoint = checkpoint.path
-            self._saved_guard_state = saved
-            self.keeper.announce_resume(checkpoint, self.journal.run_id, saved)
+            self._take_over(checkpoint)
+        left = self.ranks.lead(lambda: next_plan.found(self.journal.path))
+        if left is not None and (self.progress.plan.limit is None or left < self.progress.plan.limit):
+            self.progress.plan.limit = left
+            self._notice(f"micro-batches of {left}: more did not fit in the last start")
         self.journal.begin()
+        if self.exchange:
+            self.exchange.install()
+        if self.lifeline:
+            self.lifeline.start()
         for text in self.steps.install():
             self._notice(text)
         if not self.stop.install():
@@ -151,13 +185,51 @@ class Session:
         if self.hardware:
             self.hardware.start()
 
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The same on every rank: rank 0 looks for it, the others read what it found."""
+        found: list[Checkpoint] = []
+
+        def find() -> Path | None:
+            checkpoint = self.keeper.find(self.policies.resume)
+            if checkpoint is not None:
+                found.append(checkpoint)
+            return checkpoint.path if checkpoint else None
+
+        path = self.ranks.lead(find)
+        if found or path is None:
+            return found[0] if found else None
+        return self.keeper.load(path)
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        """Continue from ``checkpoint``, on all ranks or on none."""
+        progress = self.progress
+        saved = checkpoint.parts[GUARD_PART]
+        error: WardenError | None = None
+        try:
+            self.keeper.check_fingerprint(saved["fingerprint"], self._fingerprint, self.policies.accept_changes)
+            self.watched.load_state(checkpoint.parts, str(checkpoint.path))
+        except WardenError as problem:
+            error = problem
+        error = leave_together(self.ranks, error)
+        if error is not None:
+            raise error
+        progress.steps_completed = saved["steps_completed"]
+        progress.steps_skipped = saved["steps_skipped"]
+        progress.plan.load_state_dict(saved["plan"])
+        progress.newest_checkpoint = checkpoint.path
+        self._saved_guard_state = saved
+        self.keeper.announce_resume(checkpoint, self.journal.run_id, saved)
+
     def end(self) -> None:
         """The loop ended without an error: account for its last batch and save what is not saved yet."""
         try:
             if self.batch_open:
                 self.close_batch()
-            self._find_bad_steps(wait=True)
-            if self.stop.reason and not self._finished:
+            self._leaving = self._count_bad_steps(wait=True)
+            agreed = self.ranks.vote(self._wishes(self.progress.steps_completed))
+            if Wish.LEAVE in agreed:
+                self._leave()
+            if Wish.STOP in agreed and not self._finished:
                 self._abort()
             self._save_if_new()
             self._close("finished" if self._finished else "stopped", None)
@@ -165,22 +237,41 @@ class Session:
             self._unhook()
 
     def fail(self, error: BaseException) -> None:
-        progress = self.progress
         self._unhook()
+        if isinstance(error, RestartNeededError):
+            next_plan.leave(self.journal.path, self.ranks.rank, int(error.micro_batch_size))
+        if self.lifeline and not isinstance(error, RankLostError):
+            self.lifeline.tell(error)
         code = error.code if isinstance(error, WardenError) else type(error).__name__
         clean_stop = isinstance(error, (TrainingAbortedError, KeyboardInterrupt))
         self._close("stopped" if clean_stop else "failed", code, error)
         if isinstance(error, WardenError):
-            error.add_context(
-                run_id=self.journal.run_id,
-                steps_completed=progress.steps_completed,
-                checkpoint_path=str(progress.newest_checkpoint) if progress.newest_checkpoint else None,
-                resume_command=self.journal.resume_command,
-            )
+            self._add_context(error)
+
+    def lost(self, error: BaseException) -> RankLostError | None:
+        """The typed error of a collective that failed, whoever called it; ``None`` for any other error."""
+        if self.ranks.world_size == 1 or not is_rank_failure(error):
+            return None
+        lost = rank_lost(error, "collective")
+        heard = self.lifeline.heard() if self.lifeline else None
+        return RankLostError(rank=self.ranks.rank, world_size=self.ranks.world_size, problem=heard) if heard else lost
+
+    def _add_context(self, error: WardenError) -> None:
+        progress = self.progress
+        error.add_context(
+            run_id=self.journal.run_id,
+            steps_completed=progress.steps_completed,
+            checkpoint_path=str(progress.newest_checkpoint) if progress.newest_checkpoint else None,
+            resume_command=self.journal.resume_command,
+        )
 
     def _unhook(self) -> None:
         self.steps.remove()
         self.stop.remove()
+        if self.exchange:
+            self.exchange.remove()
+        if self.lifeline:
+            self.lifeline.close()
         if self.hardware:
             self.hardware.close()
 
@@ -228,10 +319,11 @@ class Session:
         saved = self._saved_guard_state
         if saved is not None and self._phase <= saved["phase"]:
             relevant = {key: value for key, value in saved["fingerprint"].items() if key in named}
-            self.keeper.check_fingerprint(relevant, named, self.policies.accept_changes)
+            accepted = self.policies.accept_changes
+            self.ranks.lead(lambda: self.keeper.check_fingerprint(relevant, named, accepted))
         self._fingerprint.update(named)
         if saved is not None and self._phase == saved["phase"]:
-            self.position.load_state_dict(saved["position"])
+            self.position.load_state_dict(self._saved_position(saved))
         return self.position
 
     def skip_loader(self, position: DataPosition, max_steps: int) -> None:
@@ -239,9 +331,21 @@ class Session:
         saved = self._saved_guard_state
         self._finished = True
         if saved is not None and self._phase == saved["phase"]:
-            position.restore_streams(saved["position"])
+            position.restore_streams(self._saved_position(saved))
             done = f"{self.progress.steps_completed} of {max_steps} steps"
             self._notice(f"run {self.journal.run_id} is finished ({done}): nothing left to do")
+
+    def _saved_position(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This rank's own place in the data."""
+        positions = saved["positions"]
+        if len(positions) == self.ranks.world_size:
+            position: Mapping[str, Any] = positions[self.ranks.rank]
+            return position
+        self._notice(
+            f"saved by {len(positions)} ranks, continued by {self.ranks.world_size}: the order of samples changes"
+        )
+        assert self.position is not None
+        return rescaled(positions[0], batches_an_epoch(self.position.loader))
 
     def next_batch(self, stream: Iterator[Any]) -> Any:
         try:
@@ -265,19 +369,80 @@ class Session:
             return
         self._batches_since_step = 0
         progress.steps_completed += 1
-        progress.plan.shrinks_this_step = 0
+        progress.plan.close_step()
         if self._tell_steps:
             self._tell_step()
-        self._find_bad_steps()
+        self._leaving = self._leaving or self._count_bad_steps()
         assert self.position is not None
         self._finished = progress.steps_completed >= self._max_steps
+        if self.hardware and not self._finished:
+            self.hardware.look(progress.steps_completed)
+        agreed = self._agreed()
+        if agreed and Wish.LEAVE in agreed:
+            self._leave()
         if not self.steps.gradient_pending:
-            if self.hardware and not self._finished:
-                self.hardware.attend(progress.steps_completed)
-            if self.stop.reason and not self._finished:
-                self._abort()
-            if self.keeper.due(progress.steps_completed):
+            self._serve(agreed)
+
+    def _agreed(self) -> Wish:
+        """What all ranks want done at this boundary: as voted in this step's backward, else by a vote now."""
+        voted, self._voted = self._voted, None
+        return self.ranks.vote(self._wishes(self.progress.steps_completed)) if voted is None else voted
+
+    def _wishes(self, step: int) -> Wish:
+        """What this rank wants done after ``step``."""
+        wishes = Wish.NOTHING
+        if self.stop.reason:
+            wishes |= Wish.STOP
+        if self.keeper.due_by_time(step):
+            wishes |= Wish.SAVE
+        if self.hardware and self.hardware.wants_attention:
+            wishes |= Wish.ATTEND
+        if self._leaving:
+            wishes |= Wish.LEAVE
+        return wishes
+
+    def _serve(self, agreed: Wish) -> None:
+        step = self.progress.steps_completed
+        if not agreed:
+            if self.keeper.due_by_steps(step):
                 self._save(required=False)
+            return
+        if Wish.ATTEND in agreed and not self._finished:
+            stopping = self._stopping
+            attend(self.hardware, self.ranks, step=step, save=self._save_if_new, stopping=stopping)
+            agreed |= Wish.STOP if self.ranks.vote(Wish.STOP if stopping() else Wish.NOTHING) else Wish.NOTHING
+        if Wish.STOP in agreed and not self._finished:
+            self._abort()
+        if self.keeper.due_by_steps(step) or Wish.SAVE in agreed:
+            self._save(required=False)
+
+    def _stopping(self) -> bool:
+        return self.stop.reason is not None
+
+    def _settle(self, recovered: bool, error: WardenError | None) -> None:
+        """The vote of a step, after the gradients were exchanged: all go on, or all leave with the same error."""
+        wishes = self._wishes(self.progress.steps_completed + 1)
+        if recovered:
+            wishes |= Wish.RECOVERED
+        if error is not None:
+            wishes |= Wish.FAILED
+        agreed = self.ranks.vote(wishes)
+        if Wish.FAILED in agreed:
+            failure = leave_together(self.ranks, error)
+            assert failure is not None
+            raise failure
+        if Wish.RECOVERED in agreed:
+            self._take_smallest_plan(recovered)
+        self._voted = agreed if self._voted is None else self._voted | agreed
+
+    def _take_smallest_plan(self, recovered: bool) -> None:
+        """After memory ran out on some rank every rank tries no more than that rank can do."""
+        plan = self.progress.plan
+        found = self.ranks.gather(self._newest_shrink if recovered else None)
+        for rank, shrink in enumerate(found):
+            if shrink is not None and rank != self.ranks.rank and (plan.limit is None or shrink.to_size < plan.limit):
+                plan.limit = shrink.to_size
+                self._emit(replace(shrink, reason=f"rank {rank}: {shrink.reason}"))
 
     def _tell_step(self) -> None:
         now_s = self._clock()
@@ -294,7 +459,8 @@ class Session:
                 expected=f"the optimizer that the loop steps: it was not stepped in {self._batches_since_step} batches",
             )
 
-    def _find_bad_steps(self, *, wait: bool = False) -> None:
+    def _count_bad_steps(self, *, wait: bool = False) -> NaNLossError | None:
+        """What ends the run when there are too many in a row."""
         progress, policy = self.progress, self.policies.finite
         for step, findings in self.steps.poll(wait=wait):
             progress.streak = policy.next_streak(progress.streak, findings)
@@ -303,15 +469,22 @@ class Session:
             progress.steps_skipped += 1
             self._emit(StepSkipped(step=step, what=findings.what, streak=progress.streak))
             if policy.exhausted(progress.streak):
-                self._save_if_new()
-                raise NaNLossError(streak=progress.streak, skipped=progress.steps_skipped, what=findings.what)
+                return NaNLossError(streak=progress.streak, skipped=progress.steps_skipped, what=findings.what)
+        return None
+
+    def _leave(self) -> None:
+        """All ranks save and end with the error of one of them."""
+        error = leave_together(self.ranks, self._leaving)
+        assert error is not None
+        self._save_if_new()
+        raise error
 
     def _abort(self) -> None:
-        progress = self.progress
-        assert self.stop.reason is not None
-        self._emit(StopRequested(step=progress.steps_completed, reason=self.stop.reason))
+        reasons = self.ranks.gather(self.stop.reason)
+        reason = self.stop.reason or next(reason for reason in reasons if reason)
+        self._emit(StopRequested(step=self.progress.steps_completed, reason=reason))
         self._save_if_new()
-        raise TrainingAbortedError(reason=self.stop.reason)
+        raise TrainingAbortedError(reason=reason)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -327,18 +500,41 @@ class Session:
     def _save(self, *, required: bool) -> None:
         assert self.position is not None
         progress = self.progress
+        gathered = self.ranks.gather((self.position.state_dict(), self.steps.torn))
+        if any(torn for _, torn in gathered):
+            self._notice("an optimizer step is half applied: the weights are not saved")
+            return
+        positions = [position for position, _ in gathered]
         state = {
             "steps_completed": progress.steps_completed,
             "steps_skipped": progress.steps_skipped,
             "plan": progress.plan.state_dict(),
             "phase": self._phase,
-            "position": self.position.state_dict(),
+            "position": positions[0],
+            "positions": positions,
             "fingerprint": self._fingerprint,
         }
-        parts = {**self.watched.state(), GUARD_PART: state}
-        path = self.keeper.save(progress.steps_completed, parts, {"run_id": self.journal.run_id}, required=required)
+        together = "every rank takes part in gathering a state" if self.ranks.world_size > 1 else None
+        told = attempt(CHECKPOINT, self.watched.state, refusal=together, say=self._notice, draws=False)
+        parts = {**told, GUARD_PART: state}
+        step, meta = progress.steps_completed, {"run_id": self.journal.run_id}
+        path = self.ranks.lead(lambda: self.keeper.save(step, parts, meta, required=required))
+        self.keeper.note_save(step, saved=path is not None)
         progress.newest_checkpoint = path or progress.newest_checkpoint
+        if path is not None and self.ranks.rank == 0:
+            next_plan.clear(self.journal.path)
+
+    def _say_growth(self, from_size: int, to_size: int, reason: str) -> None:
+        step = self.progress.steps_completed
+        self._emit(MicroBatchGrown(step=step, from_size=from_size, to_size=to_size, reason=reason))
+
+    def _say_remedy(self, remedy: AnyRemedy, reason: str) -> None:
+        self._emit(MemoryRemedyApplied(step=self.progress.steps_completed, remedy=remedy, reason=reason))
+
+    def _say_step_finished(self, parts: int, reason: str) -> None:
+        self._emit(OptimizerStepFinished(step=self.progress.steps_completed, parts=parts, reason=reason))
 
     def _say_shrink(self, from_size: int, to_size: int, reason: str) -> None:
         step = self.progress.steps_completed
-        self._emit(MicroBatchShrunk(step=step, from_size=from_size, to_size=to_size, reason=reason))
+        self._newest_shrink = MicroBatchShrunk(step=step, from_size=from_size, to_size=to_size, reason=reason)
+        self._emit(self._newest_shrink)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trainwarden.guards.memory_plan import Size
+
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: such a target is not part of its mean
 
 Weight = Callable[[Any], float]
@@ -28,6 +30,30 @@ def rows(batch: Any) -> int:
         places = ", ".join(f"{place} has {length}" for place, length in _lengths(batch, "batch"))
         raise CannotSplitError(f"its tensors differ in their first dimension: {places}")
     return found.pop()
+
+
+def size(batch: Any) -> Size | None:
+    """Rows of a batch, and elements a row of its ``input_ids``, or else of its largest tensor; ``None``: no tensor.
+
+    Padding is counted. Reads shapes only: nothing waits for the device.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    left = [ids if isinstance(ids, torch.Tensor) else batch]
+    largest: torch.Tensor | None = None
+    while left:  # on the step path: no generators, no names
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            if value.ndim and (largest is None or value.numel() > largest.numel()):
+                largest = value
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif _is_sequence(value):
+            left.extend(value)
+        else:
+            left.extend(child for _, child in _children(value))
+    if largest is None or not largest.numel():
+        return None
+    return Size(largest.shape[0], largest.numel() // largest.shape[0])
 
 
 def split_rows(batch: Any, sizes: Sequence[int]) -> list[Any]:

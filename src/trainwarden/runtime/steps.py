@@ -18,7 +18,15 @@ from trainwarden.runtime.watched import Watched
 class StepWatch:
     """Watches all optimizers and the ``GradScaler`` of a run between `install` and `remove`."""
 
-    def __init__(self, watched: Watched, *, current_step: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        watched: Watched,
+        *,
+        current_step: Callable[[], int],
+        recover: bool = True,
+        say: Callable[[str], None] = lambda _text: None,
+        on_finished: Callable[[int, str], None] = lambda _parts, _reason: None,
+    ) -> None:
         self.gradient_pending = False
         """Whether a backward pass came after the last optimizer step."""
         self._losses: list[Tensor] = []
@@ -33,6 +41,9 @@ class StepWatch:
                 take_losses=self._take_losses,
                 on_called=self._note_called,
                 current_step=self._current_step,
+                recover=recover,
+                say=say,
+                on_finished=on_finished,
             )
             for optimizer in watched.optimizers.values()
         ]
@@ -58,8 +69,9 @@ class StepWatch:
         if self._scaler is not None:
             del self._scaler.step
 
-    def note_backward(self, loss: Tensor) -> None:
-        self._losses.append(loss)
+    def note_backward(self, loss: Tensor, loss_of_ranks: Tensor | None = None) -> None:
+        """``loss_of_ranks``: the sum over ranks by which all of them judge the step; by default the loss itself."""
+        self._losses.append(loss if loss_of_ranks is None else loss_of_ranks)
         self._last_loss = loss
         self.gradient_pending = True
 
@@ -69,6 +81,11 @@ class StepWatch:
             return None if self._last_loss is None else float(self._last_loss)
         except RuntimeError:  # a device that failed answers no more, and that must not hide why the run ends
             return None
+
+    @property
+    def torn(self) -> bool:
+        """Whether an update is half applied, or may be: such weights must not be saved."""
+        return any(gate.torn for gate in self._gates)
 
     def take_completed(self) -> bool:
         """Whether an optimizer was stepped since the last call."""

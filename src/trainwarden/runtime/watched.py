@@ -12,6 +12,12 @@ from torch import nn
 
 from trainwarden.errors import CheckpointError, InvalidSettingError
 from trainwarden.runtime.gate import parameters_of, unwrapped
+from trainwarden.runtime.sharded import (
+    load_model_state,
+    load_optimizer_state,
+    whole_model_state,
+    whole_optimizer_state,
+)
 
 GUARD_PART = "guard"
 """The checkpoint part that holds the guard's own state; no watched object may take the name."""
@@ -70,9 +76,12 @@ class Watched:
                     yield parameter
 
     def state(self) -> dict[str, Any]:
-        """The state of each object, by part. Tensors are those in use, not copies."""
+        """The state of each object, by part. Tensors are those in use, not copies.
+
+        What lies in pieces on several ranks is whole on rank 0 and None on the others: collective then.
+        """
         parts: dict[str, Any] = {name: self._model_state(model) for name, model in self.models.items()}
-        parts.update({name: optimizer.state_dict() for name, optimizer in self.optimizers.items()})
+        parts.update({name: whole_optimizer_state(optimizer) for name, optimizer in self.optimizers.items()})
         parts.update({name: other.state_dict() for name, other in self.others.items()})
         return parts
 
@@ -90,6 +99,8 @@ class Watched:
             try:
                 if name in self.models:
                     self._load_model(target, parts[name])
+                elif name in self.optimizers:
+                    load_optimizer_state(target, parts[name])
                 else:
                     target.load_state_dict(parts[name])
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -121,13 +132,13 @@ class Watched:
 
     def _model_state(self, model: nn.Module) -> dict[str, Any]:
         frozen = self._frozen(model)
-        return {key: value for key, value in model.state_dict().items() if key not in frozen}
+        return {key: value for key, value in whole_model_state(model).items() if key not in frozen}
 
     def _load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        found = model.load_state_dict(state, strict=False)
-        missing = set(found.missing_keys) - self._frozen(model)
-        if missing or found.unexpected_keys:
-            raise KeyError(f"missing {sorted(missing)}, unexpected {sorted(found.unexpected_keys)}")
+        absent, unexpected = load_model_state(model, state)
+        missing = absent - self._frozen(model)
+        if missing or unexpected:
+            raise KeyError(f"missing {sorted(missing)}, unexpected {sorted(unexpected)}")
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], accepted: Sequence[str]) -> dict[str, Any]:

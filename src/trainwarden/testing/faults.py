@@ -1,11 +1,12 @@
-"""Faults injected into ``compute_loss``: memory that runs out, and values that are not finite."""
+"""Faults injected into a training step: memory that runs out, and values that are not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainwarden.runtime.split import rows as rows_of
 
@@ -75,6 +76,46 @@ class MemoryCeiling:
         return reached and torch.is_grad_enabled() and (self._times is None or self.struck < self._times)
 
 
+class FailingAllocation(TorchDispatchMode):
+    """Makes an allocation inside its ``with`` block run out of memory, wherever in torch it is asked for.
+
+    Counted are the operations that make a tensor, and fused optimizer kernels, which may lack memory to be loaded.
+
+    Args:
+        at: which allocation fails, from 1; ``None``: none by its number.
+        times: how many in a row.
+        above_bytes: those that make more bytes than this fail too, each time.
+
+    Attributes:
+        count: allocations asked for.
+        struck: how many of them failed.
+    """
+
+    def __init__(self, at: int | None = None, *, times: int = 1, above_bytes: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self.struck = 0
+        self._at = at
+        self._times = times
+        self._above_bytes = above_bytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        aliased = any(argument.alias_info is not None for argument in func._schema.arguments)
+        if (aliased and not func.__name__.startswith("_fused")) or func.namespace != "aten":
+            return func(*args, **(kwargs or {}))
+        self.count += 1
+        if self._at is not None and self._at <= self.count < self._at + self._times:
+            self.struck += 1
+            raise out_of_memory_error()
+        result = func(*args, **(kwargs or {}))
+        if self._above_bytes is not None and _made_bytes(result) > self._above_bytes:
+            self.struck += 1
+            raise out_of_memory_error(requested_bytes=_made_bytes(result))
+        return result
+
+
 class NonFinite:
     """Makes the loss or the gradients of chosen steps (from 1) NaN or infinite."""
 
@@ -104,6 +145,11 @@ class NonFinite:
             return poisoned_loss
 
         return poisoned
+
+
+def _made_bytes(result: Any) -> int:
+    tensors = result if isinstance(result, (list, tuple)) else (result,)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 class _FailInBackward(torch.autograd.Function):

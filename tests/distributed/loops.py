@@ -1,0 +1,224 @@
+"""A DDP training loop under the guard, run inside every rank, with faults that strike chosen ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from trainwarden import Guard
+from trainwarden.events import Event, MicroBatchShrunk, StepSkipped
+from trainwarden.testing import FailingAllocation, out_of_memory_error
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Strike:
+    """Where memory runs out on one rank: above ``rows`` rows, from ``step`` (from 1) on, ``times`` times."""
+
+    rank: int
+    step: int
+    phase: Literal["forward", "backward", "clip", "optimizer step"]
+    layer: int = 0
+    """Before which of the model's blocks; in backward the blocks above it have their gradients by then. In the clip and
+    the optimizer step: which allocation fails, from 1."""
+    rows: int = 2
+    times: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every rank runs."""
+
+    run_dir: str
+    max_steps: int = 6
+    rows: int = 64
+    batch_size: int = 4
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    strikes: tuple[Strike, ...] = ()
+    poison: tuple[tuple[int, int], ...] = ()
+    """(rank, step) whose loss is NaN."""
+    stop: tuple[int, int] | None = None
+    """(rank, step) at which that rank sends itself SIGTERM."""
+    kill: tuple[int, int] | None = None
+    guarded: bool = True
+    guard_options: dict[str, Any] = field(default_factory=dict)
+    bucket_bytes: int | None = 400
+    unused: bool = False
+    normalised: bool = False
+    scheduled: bool = True
+    max_norm: float | None = None
+
+
+@dataclass
+class Outcome:
+    weights: list[float]
+    losses: list[float]
+    samples: list[int]
+    """Indices of the samples this rank was given, in order."""
+    shrunk: list[tuple[int, int, str]]
+    skipped: list[int]
+    steps_completed: int
+    struck: int = 0
+    """Allocations outside forward and backward that failed."""
+
+
+class Blocks(nn.Module):
+    """A few layers, with a place to fail before each; ``unused`` adds one that no loss depends on."""
+
+    def __init__(self, unused: bool = False, normalised: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList([nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 1)])
+        self.norm = nn.BatchNorm1d(6) if normalised else nn.Identity()
+        self.spare = nn.Linear(3, 3) if unused else None
+        self.fault: Callable[[int, torch.Tensor], torch.Tensor] = lambda _layer, x: x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        for index, layer in enumerate(self.layers):
+            x = layer(torch.tanh(self.fault(index, x)) if index else self.fault(index, x))
+        return x
+
+
+class _FailInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: torch.Tensor) -> torch.Tensor:
+        raise out_of_memory_error()
+
+
+def train(rank: int, plan: Plan) -> Outcome:
+    """The loop of a user of DDP."""
+    model = Blocks(plan.unused, plan.normalised)
+    ddp = DistributedDataParallel(model, find_unused_parameters=plan.unused)
+    optimizer = OPTIMIZERS[plan.optimizer](ddp.parameters())
+    scheduler = _schedule(optimizer, plan)
+    generator = torch.Generator().manual_seed(7)
+    data = TensorDataset(
+        torch.randn(plan.rows, 6, generator=generator),
+        torch.randn(plan.rows, 1, generator=generator),
+        torch.arange(plan.rows),
+    )
+    loader = DataLoader(data, batch_size=plan.batch_size, sampler=DistributedSampler(data, seed=5))
+    events: list[Event] = []
+    guard = Guard(plan.run_dir, observers=[events.append], rank_deadline_s=60.0, **plan.guard_options)
+    losses: list[float] = []
+    samples: list[int] = []
+    struck = 0
+    disturb(model, plan, rank, guard)
+
+    def compute_loss(batch: Sequence[torch.Tensor]) -> torch.Tensor:
+        loss = functional.mse_loss(ddp(batch[0]), batch[1]) / plan.accumulate
+        return loss * float("nan") if (rank, guard.steps_completed + 1) in plan.poison else loss
+
+    with guard.watch(model=ddp, optimizer=optimizer, scheduler=scheduler):
+        for index, batch in enumerate(guard.batches(loader, max_steps=plan.max_steps)):
+            step = guard.steps_completed + 1
+            if (rank, step) == plan.stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if (rank, step) == plan.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            samples += batch[2].tolist()
+            if (index + 1) % plan.accumulate:
+                with ddp.no_sync():
+                    losses.append(float(guard.backward(compute_loss, batch)))
+                continue
+            losses.append(float(guard.backward(compute_loss, batch)))
+            if plan.max_norm is not None:
+                with failing(plan, rank, step, "clip") as fault:
+                    guard.clip_grad_norm_(ddp.parameters(), plan.max_norm)
+                struck += fault.struck
+            with failing(plan, rank, step, "optimizer step") as fault:
+                optimizer.step()
+            struck += fault.struck
+            scheduler.step()
+            optimizer.zero_grad()
+    return Outcome(
+        weights=torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double().tolist(),
+        losses=losses,
+        samples=samples,
+        shrunk=[(e.from_size, e.to_size, e.reason) for e in events if isinstance(e, MicroBatchShrunk)],
+        skipped=[e.step for e in events if isinstance(e, StepSkipped)],
+        steps_completed=guard.steps_completed,
+        struck=struck,
+    )
+
+
+def failing(plan: Plan, rank: int, step: int, phase: str) -> FailingAllocation:
+    """What makes an allocation of this phase fail, if a strike of this rank says so."""
+    due = [s for s in plan.strikes if (s.rank, s.phase) == (rank, phase) and (s.step == step or s.times is None)]
+    return FailingAllocation(at=due[0].layer if due and step >= due[0].step else None)
+
+
+def plain(rank: int, plan: Plan) -> list[float]:
+    """The same loop without a guard, on DDP's own reducer."""
+    model = Blocks(plan.unused, plan.normalised)
+    ddp = DistributedDataParallel(model, find_unused_parameters=plan.unused)
+    optimizer = OPTIMIZERS[plan.optimizer](ddp.parameters())
+    scheduler = _schedule(optimizer, plan)
+    generator = torch.Generator().manual_seed(7)
+    data = TensorDataset(torch.randn(plan.rows, 6, generator=generator), torch.randn(plan.rows, 1, generator=generator))
+    sampler: DistributedSampler[Any] = DistributedSampler(data, seed=5)
+    loader = DataLoader(data, batch_size=plan.batch_size, sampler=sampler)
+    step = epoch = 0
+    while step < plan.max_steps:
+        sampler.set_epoch(epoch)
+        for index, (x, y) in enumerate(loader):
+            if (index + 1) % plan.accumulate:
+                with ddp.no_sync():
+                    (functional.mse_loss(ddp(x), y) / plan.accumulate).backward()
+                continue
+            (functional.mse_loss(ddp(x), y) / plan.accumulate).backward()
+            if plan.max_norm is not None:
+                nn.utils.clip_grad_norm_(ddp.parameters(), plan.max_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            if step == plan.max_steps:
+                break
+        epoch += 1
+    dist.barrier()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double().tolist()
+
+
+def _schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> torch.optim.lr_scheduler.LinearLR:
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1 if plan.scheduled else 1.0, total_iters=plan.max_steps)
+
+
+def disturb(model: Blocks, plan: Plan, rank: int, guard: Guard) -> None:
+    mine = [s for s in plan.strikes if s.rank == rank and s.phase in ("forward", "backward")]
+    left = {strike: strike.times for strike in mine}
+
+    def fault(layer: int, x: torch.Tensor) -> torch.Tensor:
+        for strike in mine:
+            due = guard.steps_completed + 1 >= strike.step and layer == strike.layer and len(x) > strike.rows
+            if not due or not torch.is_grad_enabled() or left[strike] == 0:
+                continue
+            left[strike] = None if left[strike] is None else left[strike] - 1  # type: ignore[operator]
+            if strike.phase == "forward":
+                raise out_of_memory_error()
+            return _FailInBackward.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+        return x
+
+    model.fault = fault
