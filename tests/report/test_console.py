@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import ended_when_hung
 from trainwarden.events import (
     CheckpointSaved,
     Evaluated,
@@ -197,8 +198,9 @@ def on_a_terminal(**environ: str) -> tuple[str, str]:
         os.close(slave)
         seen = b""
         try:
-            while chunk := os.read(master, 4096):
-                seen += chunk
+            with ended_when_hung(process.kill):
+                while chunk := os.read(master, 4096):
+                    seen += chunk
         except OSError:  # how Linux reports that the other end was closed
             pass
         out, _ = process.communicate()

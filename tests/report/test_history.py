@@ -67,6 +67,21 @@ def test_the_names_are_those_of_events() -> None:
     assert {*INTERVENTIONS, "metrics_logged", "checkpoint_saved", "run_started"} <= names
 
 
+def test_what_the_hardware_did_to_the_run_is_marked_each_with_its_own_letter() -> None:
+    records = [
+        event("memory_pressure", 10),
+        event("thermal_pause", 20),
+        event("thermal_resume", 20),
+        event("device_unhealthy", 30),
+        event("sensors_silent", 40),
+        event("sensors_back", 41),
+    ]
+    history = History.read(records)
+    assert marks([(step, 1.0) for step in (10, 20, 30, 40)], history.interventions) == "pth?"
+    assert history.counts() == {"thermal_pause": 1, "memory_pressure": 1, "device_unhealthy": 1, "sensors_silent": 1}
+    assert len(set(INTERVENTIONS.values())) == len(INTERVENTIONS)
+
+
 def test_a_falling_loss_is_a_falling_line() -> None:
     losses = [(step, 8.0 - step) for step in range(8)]
     assert sparkline(losses) == BARS[::-1]

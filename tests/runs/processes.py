@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.waiting import ended_when_hung
+
 
 @contextmanager
 def python(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
@@ -30,6 +32,7 @@ def line_from(process: subprocess.Popen[str]) -> str:
     """The next line the child prints; fails with what it said on stderr when it dies instead."""
     assert process.stdout is not None
     assert process.stderr is not None
-    line = process.stdout.readline().strip()
-    assert line, process.stderr.read()
+    with ended_when_hung(process.kill):
+        line = process.stdout.readline().strip()
+        assert line, process.stderr.read()
     return line

@@ -260,7 +260,7 @@ def test_a_forked_worker_that_outlives_a_killed_parent_does_not_keep_the_lock(tm
         if os.fork() == 0:
             directory.close()
             print(os.getpid(), flush=True)  # from the worker itself: now it has given up its share of the lock
-            time.sleep(60)
+            time.sleep(3600)
         sys.stdin.read()
     """
     with python(code, tmp_path) as parent:

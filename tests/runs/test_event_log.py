@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runs.processes import line_from, python
+from tests.waiting import until
 from trainwarden.events import MetricsLogged, Notice, RunStarted, StepCompleted
 from trainwarden.runs import EventLog, read_events
 from trainwarden.runs import event_log as module
@@ -230,8 +231,8 @@ def test_kill_9_of_a_busy_writer_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "e"
     with python(code, path) as process:
         line_from(process)
-        while not path.exists() or path.stat().st_size < 100_000:
-            assert process.poll() is None
+        until(lambda: process.poll() is not None or (path.exists() and path.stat().st_size > 100_000))
+        assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     unreadable: list[int] = []

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.runs.processes import line_from, python
 from trainwarden.errors import LedgerError, RunNotFoundError
+from trainwarden.memory.overheads import RunMemory
 from trainwarden.runs import Ledger, ProcessIdentity
 from trainwarden.runs import ledger as module
 
@@ -207,7 +208,8 @@ def test_many_processes_write_at_once_and_nothing_is_lost(ledger: Ledger) -> Non
     """They also race to make the file."""
     code = """
         import sys
-        from trainwarden.runs import Ledger
+        from trainwarden.runs import Ledger, ledger as module
+        module._BUSY_S = 300  # four writers and a slow disk: nobody is promised a turn within seconds
         ledger = Ledger(sys.argv[1])
         sys.stdin.readline()
         for n in range(10):
@@ -377,3 +379,36 @@ def test_a_finished_run_that_is_started_again_keeps_its_last_loss() -> None:
         ledger.started(run_id="r-1", path="runs/a", command=["python"])
         ledger.finished("r-1", status="finished", final_loss=loss)
     assert ledger.rows()[0].final_loss == 0.25
+
+
+def test_predicted_and_real_peaks_are_kept_newest_first(ledger: Ledger) -> None:
+    assert ledger.memory_of_runs() == []
+    memories = [RunMemory(device="a card", predicted_bytes=10 + n, allocated_bytes=11 + n) for n in range(3)]
+    for number, memory in enumerate(memories):
+        start(ledger, f"r-{number}")
+        ledger.note_memory(f"r-{number}", memory)
+    assert ledger.memory_of_runs() == memories[::-1]
+    assert ledger.memory_of_runs(1) == memories[-1:]
+
+
+def test_a_continued_run_has_the_memory_of_its_latest_part(ledger: Ledger) -> None:
+    start(ledger, "r-1")
+    ledger.note_memory("r-1", RunMemory(device="a card", predicted_bytes=1, allocated_bytes=None))
+    latest = RunMemory(device="a card", predicted_bytes=2, allocated_bytes=3, reserved_bytes=4, context_bytes=5)
+    ledger.note_memory("r-1", latest)
+    assert ledger.memory_of_runs() == [latest]
+
+
+def test_the_memory_of_a_run_that_is_not_listed_is_a_problem(ledger: Ledger) -> None:
+    start(ledger, "r-1")
+    with pytest.raises(LedgerError, match="no run r-2"):
+        ledger.note_memory("r-2", RunMemory(device="a card", predicted_bytes=1, allocated_bytes=1))
+
+
+def test_a_ledger_from_before_memory_was_kept_gains_the_table(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(module, "MIGRATIONS", module.MIGRATIONS[:1])
+        start(ledger, "r-1")
+    ledger.note_memory("r-1", RunMemory(device="a card", predicted_bytes=1, allocated_bytes=1))
+    assert len(ledger.memory_of_runs()) == 1
+    assert [row.run_id for row in ledger.rows()] == ["r-1"]

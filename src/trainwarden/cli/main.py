@@ -9,9 +9,14 @@ from collections.abc import Sequence
 
 import typer
 
+from trainwarden.cli import memory_commands
 from trainwarden.cli.commands import app
 from trainwarden.cli.output import Output
+from trainwarden.cli.slao_commands import slao_app
 from trainwarden.errors import UsageError, resolve_profile
+
+app.add_typer(slao_app, name="slao")
+memory_commands.register(app)
 
 _ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 """The base of every complaint of typer's parser: click's, which typer vendors since 0.29 without exporting it."""

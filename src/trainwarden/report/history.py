@@ -15,10 +15,14 @@ INTERVENTIONS: Mapping[str, str] = {
     "micro_batch_shrunk": "m",
     "checkpoint_rejected": "x",
     "checkpoint_failed": "f",
+    "thermal_pause": "t",
+    "memory_pressure": "p",
+    "device_unhealthy": "h",
+    "sensors_silent": "?",
     "stop_requested": "!",
     "resumed": "r",
 }
-"""What the guard did, by the name of its event, with the letter that marks it under the curve."""
+"""What the guard did or saw, by the name of its event, with the letter that marks it under the curve."""
 
 BARS = "▁▂▃▄▅▆▇█"
 BARS_ASCII = "_.,-=+*#"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainwarden.errors import LedgerError, RunNotFoundError
+from trainwarden.memory.overheads import RunMemory
 from trainwarden.runs.process import ProcessIdentity
 from trainwarden.runs.schema import MIGRATIONS
 
@@ -176,6 +177,36 @@ class Ledger:
                 "checkpoint_path": None if checkpoint_path is None else _absolute(checkpoint_path),
             },
         )
+
+    def note_memory(self, run_id: str, memory: RunMemory) -> None:
+        """A run's predicted and real peaks; of a run that was continued, those of its latest part."""
+        self._write(
+            """
+            INSERT INTO run_memory (
+                run_id, recorded_at, device, predicted_bytes, allocated_bytes, reserved_bytes, context_bytes
+            )
+            SELECT :run_id, :now, :device, :predicted_bytes, :allocated_bytes, :reserved_bytes, :context_bytes
+            FROM runs WHERE run_id = :run_id
+            ON CONFLICT (run_id) DO UPDATE SET
+                recorded_at = excluded.recorded_at, device = excluded.device,
+                predicted_bytes = excluded.predicted_bytes, allocated_bytes = excluded.allocated_bytes,
+                reserved_bytes = excluded.reserved_bytes, context_bytes = excluded.context_bytes
+            """,
+            {"run_id": run_id, "now": _now(), **asdict(memory)},
+        )
+
+    def memory_of_runs(self, limit: int | None = None) -> list[RunMemory]:
+        """What `note_memory` was told, newest first; none when nothing was ever written.
+
+        Raises:
+            LedgerError: as for ``rows``.
+        """
+        if not self.path.exists():
+            return []
+        with self._reading() as connection:
+            query = "SELECT * FROM run_memory ORDER BY recorded_at DESC, rowid DESC LIMIT ?"
+            rows = connection.execute(query, (-1 if limit is None else limit,)).fetchall()
+        return [RunMemory(**{key: row[key] for key in RunMemory.__dataclass_fields__}) for row in rows]
 
     def rows(self, limit: int | None = None) -> list[RunRecord]:
         """All runs, or the newest ``limit``, newest first; none when nothing was ever written.

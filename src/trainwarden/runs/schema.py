@@ -28,5 +28,19 @@ MIGRATIONS: list[tuple[str, ...]] = [
         )
         """,
     ),
+    (
+        # Predicted and real peaks of finished runs, in bytes: what the overheads of a prediction are calibrated by.
+        """
+        CREATE TABLE run_memory (
+            run_id TEXT PRIMARY KEY REFERENCES runs (run_id),
+            recorded_at TEXT NOT NULL,
+            device TEXT NOT NULL,
+            predicted_bytes INTEGER NOT NULL,
+            allocated_bytes INTEGER,
+            reserved_bytes INTEGER,
+            context_bytes INTEGER
+        )
+        """,
+    ),
 ]
 """Version ``n`` of ``PRAGMA user_version`` is the state after the first ``n`` entries."""
