@@ -110,7 +110,13 @@ FLOAT8 = """
 
     class Float8Linear(torch.nn.Linear): pass
 
-    def convert_to_float8_training(model):
+    class Float8LinearConfig:
+        @staticmethod
+        def from_recipe_name(name):
+            return name
+
+    def convert_to_float8_training(model, config):
+        assert config == "rowwise"
         layer = Float8Linear(32, 32, bias=False)
         if {works}:
             model[0] = layer
@@ -122,7 +128,8 @@ FLOAT8 = """
 def torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("torchao", "torchao.float8"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))  # or the stand-in would outlive the test
+        monkeypatch.delitem(sys.modules, name)
     (tmp_path / "torchao").mkdir()
     (tmp_path / "torchao" / "__init__.py").write_text("")
     return tmp_path / "torchao" / "float8.py"

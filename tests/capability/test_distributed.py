@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.waiting import LIMIT_S
 from trainwarden.capability import Machine, Status, Verdict, child, collective, distributed, require_fsdp_offload
 from trainwarden.capability.children import Errand, Report
 from trainwarden.capability.collective import Place
@@ -113,7 +114,7 @@ def test_without_cuda_nothing_is_started() -> None:
 
 
 def test_a_rank_adds_up_and_trains_one_sharded_step(tmp_path: Path) -> None:
-    place = Place(0, 1, 0, "gloo", f"file:{tmp_path}/store", enough_host_memory=False, deadline_s=30)
+    place = Place(0, 1, 0, "gloo", f"file:{tmp_path}/store", enough_host_memory=False, deadline_s=LIMIT_S)
     joined = collective.all_reduce(place)
     assert joined.supported
     assert joined.reason == "an all-reduce over 1 rank (gloo) is right"
@@ -150,17 +151,19 @@ def test_launched_ranks_meet_at_the_master_and_all_refuse_when_one_host_is_too_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distributed, "_trials", iter([7, 7]))  # in truth each rank counts in its own process
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = int(listening.getsockname()[1])
 
     def ask(rank: int, available_bytes: int) -> Verdict | FSDPUnavailableError:
         try:
             machine = Rank(rank, port, available_bytes)
-            return require_fsdp_offload(parameters=10**9, machine=machine, backend="gloo", deadline_s=90)
+            return require_fsdp_offload(parameters=10**9, machine=machine, backend="gloo", deadline_s=LIMIT_S)
         except FSDPUnavailableError as error:
             return error
 
-    with ThreadPoolExecutor(2) as threads:
+    with socket.socket() as reserved, ThreadPoolExecutor(2) as threads:
+        # Bound, so that nobody else is given this port; not listening, so that the store of rank 0 still can.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = int(reserved.getsockname()[1])
         large, small = threads.map(ask, (0, 1), (60 * GIB, GIB))
     assert isinstance(large, FSDPUnavailableError)
     assert isinstance(small, FSDPUnavailableError)

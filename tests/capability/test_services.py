@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.waiting import LIMIT_S
 from trainwarden.capability import Machine, Status, services
 from trainwarden.capability.services import hub, mlx, ollama, ollama_address
 from trainwarden.capability.verdict import unsupported
@@ -63,11 +64,22 @@ def silent_port() -> Iterator[int]:
         yield int(listening.getsockname()[1])
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
+@contextmanager
+def refusing_port() -> Iterator[int]:
+    """A port that is taken, so that nobody else can get it, and on which nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield int(bound.getsockname()[1])
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines that an answer meets on the busiest machine."""
+    monkeypatch.setattr(services, "OLLAMA_DEADLINE_S", LIMIT_S)
+    monkeypatch.setattr(services, "HUB_DEADLINE_S", LIMIT_S)
+
+
+@pytest.mark.usefixtures("patient")
 def test_an_ollama_daemon_is_found_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     with server(b'{"version": "0.14.2"}') as port:
         monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
@@ -76,6 +88,7 @@ def test_an_ollama_daemon_is_found_with_its_version(monkeypatch: pytest.MonkeyPa
     assert verdict.reason == f"version 0.14.2 on 127.0.0.1:{port}"
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     ("body", "status"),
     [(b"<html>a wiki</html>", 200), (b'{"version": "1"}', 404), (b"[]", 200), (b'{"version": 1}', 200), (b"\xff", 200)],
@@ -90,10 +103,11 @@ def test_something_else_on_the_port_is_not_taken_for_ollama(
     assert "something other than Ollama answers" in verdict.reason
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_port_where_nobody_listens_is_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
-    monkeypatch.setenv("OLLAMA_HOST", f":{port}")
-    verdict = ollama(Machine())
+    with refusing_port() as port:
+        monkeypatch.setenv("OLLAMA_HOST", f":{port}")
+        verdict = ollama(Machine())
     assert verdict.status is Status.UNSUPPORTED
     assert verdict.reason == f"no daemon on 127.0.0.1:{port}: Connection refused"
     assert "ollama serve" in verdict.fix
@@ -141,6 +155,7 @@ def test_no_ollama_host_crashes_the_probe(said: str) -> None:
     assert ollama(ScriptedMachine(environ={"OLLAMA_HOST": said})).reason
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("status", [200, 401, 404, 503])
 def test_a_hub_that_answers_anything_is_reachable(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with server(b"", status) as port:
@@ -151,6 +166,7 @@ def test_a_hub_that_answers_anything_is_reachable(status: int, monkeypatch: pyte
     assert "without a token" in verdict.reason
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_token_counts_by_being_there_and_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with server(b"") as port:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
@@ -160,10 +176,12 @@ def test_a_token_counts_by_being_there_and_is_never_shown(monkeypatch: pytest.Mo
     assert "hf_" not in str(verdict.to_dict())
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_hub_that_refuses_is_unsupported_and_a_silent_one_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with refusing_port() as port:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        assert hub(Machine()).status is Status.UNSUPPORTED
     monkeypatch.setattr(services, "HUB_DEADLINE_S", 0.3)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    assert hub(Machine()).status is Status.UNSUPPORTED
     with silent_port() as port:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
         assert hub(Machine()).status is Status.UNKNOWN

@@ -60,6 +60,14 @@ def test_a_cpu_computes_in_float32_and_says_why() -> None:
     assert chosen.reason
 
 
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_what_goes_with_fp8_is_bfloat16_on_any_device(device: torch.device) -> None:
+    chosen = choose_precision("auto", device, "lora", fp8=True)
+    assert (chosen.weights, chosen.compute) == (torch.bfloat16, torch.bfloat16)
+    assert "FP8" in chosen.reason
+    assert choose_precision("bfloat16", device, "lora", fp8=True).reason == "as asked"
+
+
 @pytest.mark.parametrize(("mode", "weights"), [("full", torch.float32), ("lora", torch.bfloat16)])
 def test_only_frozen_weights_are_kept_in_less_than_float32(mode: Any, weights: torch.dtype) -> None:
     chosen = choose_precision("bfloat16", CPU, mode)

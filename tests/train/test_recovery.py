@@ -31,7 +31,7 @@ from trainwarden.errors import (
     TrainingAbortedError,
     TrainingError,
 )
-from trainwarden.events import Event, MetricsLogged, Notice, Resumed, StepSkipped
+from trainwarden.events import EvaluationShrunk, Event, MetricsLogged, Resumed, StepSkipped
 from trainwarden.testing import MemoryCeiling, NonFinite, out_of_memory_error
 from trainwarden.train import Trainer
 
@@ -158,11 +158,8 @@ def test_evaluation_goes_on_with_fewer_rows_when_memory_runs_out(tmp_path: Path)
     asked = {"eval_dataset": held_out, "batch_size": 8, "max_steps": 2}
     squeezed = faulty(LLAMA, tmp_path / "a", wrap=ceiling, observers=[said.append], **asked).train()
     assert squeezed.eval_loss == pytest.approx(train(LLAMA, tmp_path / "b", **asked).eval_loss, rel=1e-5)
-    shrinks = [str(event) for event in said if isinstance(event, Notice) and "evaluation" in str(event)]
-    assert shrinks == [
-        "out of memory in evaluation: 8 -> 4 rows at a time",
-        "out of memory in evaluation: 4 -> 2 rows at a time",
-    ]
+    shrinks = [(event.from_size, event.to_size) for event in said if isinstance(event, EvaluationShrunk)]
+    assert shrinks == [(8, 4), (4, 2)]
 
 
 # -- not a number ------------------------------------------------------------------------------------------------

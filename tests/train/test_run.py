@@ -30,6 +30,7 @@ OTHERS: dict[str, Any] = {
         "log_every_steps": 3,
         "eval_every_steps": 4,
         "device": "cpu",
+        "backend": "cpu",
     },
     "guard": {
         "oom_recovery": False,

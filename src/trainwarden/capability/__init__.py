@@ -4,8 +4,8 @@ What may print, hang or crash (CUDA, torchao, bitsandbytes, NCCL) is tried in pr
 that importing or asking this room neither starts CUDA nor imports torch.
 """
 
-from trainwarden.capability.accelerator import fp8_layers
-from trainwarden.capability.gates import require_backend, require_fp8, require_fsdp_offload
+from trainwarden.capability.accelerator import FP8_MULTIPLE, FP8_RECIPE, fp8_layers
+from trainwarden.capability.gates import check_fp8_settings, require_backend, require_fp8, require_fsdp_offload
 from trainwarden.capability.machine import Machine
 from trainwarden.capability.quantities import Quantity
 from trainwarden.capability.report import ProbeReport, probe
@@ -13,6 +13,8 @@ from trainwarden.capability.requirements import Outcome, Requirement, parse_requ
 from trainwarden.capability.verdict import Status, Verdict
 
 __all__ = [
+    "FP8_MULTIPLE",
+    "FP8_RECIPE",
     "Machine",
     "Outcome",
     "ProbeReport",
@@ -20,6 +22,7 @@ __all__ = [
     "Requirement",
     "Status",
     "Verdict",
+    "check_fp8_settings",
     "fp8_layers",
     "parse_requirement",
     "parse_requirements",

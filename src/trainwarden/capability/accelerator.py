@@ -12,6 +12,9 @@ from trainwarden.capability.verdict import NO_CUDA_FIX, Verdict, degraded, suppo
 
 FP8_MULTIPLE = 16
 """Both dimensions of a layer must be divisible by this for an FP8 matrix product."""
+FP8_RECIPE = "rowwise"
+"""Torchao's recipe that is tried and trained with: a scale for each token, so that no token's product depends on which
+others share its micro-batch, and a step that is finished in smaller ones stays the same step."""
 CORE_TASKS = ("cuda", "bf16", "scaled_mm", "flash_attention")
 TORCHAO_TASKS = ("import_torchao", "convert_with_torchao")
 _MISMATCH = "Skipping import of cpp extensions"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainwarden.capability.accelerator import FP8_RECIPE
 from trainwarden.capability.verdict import NO_CUDA_FIX, Verdict, degraded, supported, unknown, unsupported
 
 FP8_LEAST_SM = 89
@@ -173,7 +174,7 @@ def convert_with_torchao() -> Verdict:
     on_gpu = torch.cuda.is_available()
     where = gpu() if on_gpu else torch.device("cpu")
     model = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False)).to(where, torch.bfloat16)
-    float8.convert_to_float8_training(model)
+    float8.convert_to_float8_training(model, config=float8.Float8LinearConfig.from_recipe_name(FP8_RECIPE))
     if type(model[0]) is torch.nn.Linear:
         return unsupported("torchao converted nothing", "train in bf16")
     if not on_gpu:

@@ -38,7 +38,7 @@ def require_fp8(
         InvalidSettingError: FP8 together with ``mode="full"``, another method than ``sft``, or 4-bit weights.
         FP8UnsupportedError: the GPU computes in FP8 and the installed torchao cannot be imported.
     """
-    _check_fp8_settings(mode, method, load_in_4bit)
+    check_fp8_settings(mode=mode, method=method, load_in_4bit=load_in_4bit)
     finding = accelerator.try_fp8(machine or Machine(), deadline_s)
     verdict = finding.verdict
     if finding.half_installed:
@@ -116,7 +116,8 @@ def require_backend(
     return verdict
 
 
-def _check_fp8_settings(mode: str, method: str, load_in_4bit: bool) -> None:
+def check_fp8_settings(*, mode: str, method: str = "sft", load_in_4bit: bool = False) -> None:
+    """What `require_fp8` asks of the settings alone. Raises `InvalidSettingError`."""
     expected = None
     if mode != "lora":
         expected = f"false with mode={mode!r}: FP8 is for LoRA, whose frozen layers are what it converts"

@@ -21,7 +21,16 @@ from trainwarden.errors import (
     WardenError,
 )
 from trainwarden.train.docstrings import SOURCE_NAME
-from trainwarden.train.settings import RULES, DeviceChoice, DtypeChoice, Mode, Schedule, check_settings
+from trainwarden.train.settings import (
+    RULES,
+    BackendChoice,
+    BatchSize,
+    DeviceChoice,
+    DtypeChoice,
+    Mode,
+    Schedule,
+    check_settings,
+)
 from trainwarden.train.yaml_leaves import YamlProblem, parse_leaves, parse_value
 
 ENVIRONMENT_PREFIX = "WARDEN_"
@@ -88,7 +97,7 @@ class TrainerSection(_Section):
 
     max_steps: int
     learning_rate: float = 2e-4
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     grad_accum_steps: int = 1
     warmup_steps: int = 0
     schedule: Schedule = "cosine"
@@ -99,6 +108,12 @@ class TrainerSection(_Section):
     log_every_steps: int = 10
     eval_every_steps: int = 0
     device: DeviceChoice = "auto"
+    backend: BackendChoice = "auto"
+    fp8: bool = False
+    full_ft_offload: bool = False
+    full_ft_ceiling_billions: float | None = None
+    gradient_checkpointing: bool = False
+    device_memory_bytes: int | None = None
 
 
 class GuardSection(_Section):
@@ -112,6 +127,7 @@ class GuardSection(_Section):
     keep_last: int = 2
     resume: Literal["auto", "never", "must"] = "auto"
     accept_changes: list[str] = []
+    waive: list[str] = []
 
 
 class TrainConfig(_Section):

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from trainwarden.errors import GPUMemoryError, TrainingError, WardenError
+from trainwarden.device import Sampler
+from trainwarden.errors import TrainingError, WardenError
 from trainwarden.events import Evaluated, Event, MetricsLogged, Notice, announce
-from trainwarden.guards.oom import MemoryFailure, is_out_of_memory
+from trainwarden.guards.oom import is_out_of_memory
 from trainwarden.runtime import Guard
+from trainwarden.runtime.ranks import is_rank_failure
+from trainwarden.runtime.shortage import Shortage
 from trainwarden.runtime.split import shifted_target_tokens
 from trainwarden.train.data import Batch, DatasetIdentity, training_loader
-from trainwarden.train.evaluate import mean_loss
+from trainwarden.train.evaluate import evaluation_batches
 from trainwarden.train.hub import first_line
 from trainwarden.train.metrics import Metrics
 from trainwarden.train.models import quiet_progress_bars
@@ -43,40 +47,47 @@ def print_event(event: Event) -> None:
 
 @contextmanager
 def typed_failures(phase: str) -> Iterator[None]:
-    """Makes `GPUMemoryError` of a lack of memory outside the guarded backward, else `TrainingError`."""
+    """Makes `GPUMemoryError` of a lack of memory that no guarded phase has met, else `TrainingError`."""
     try:
         yield
     except WardenError:
         raise
     except Exception as error:  # boundary: whatever a model, a template or a file system may raise
+        if is_rank_failure(error):
+            raise  # the guard knows more about the ranks, and says it
         if is_out_of_memory(error):
-            failure = MemoryFailure.from_exception(error)
-            raise GPUMemoryError(
-                phase=phase,
-                micro_batch_size=None,
-                shrinks=0,
-                requested_bytes=failure.requested_bytes,
-                free_bytes=failure.free_bytes,
-                problem=failure.text,
-            ) from error
+            raise Shortage.of(phase, error).error("") from error
         raise TrainingError(problem=f"{type(error).__name__}: {first_line(error)}") from error
 
 
 class TrainingLoop:
     """One run of a `Trainer`, from the prepared model to the published result."""
 
-    def __init__(self, trainer: Trainer, prepared: Prepared, accelerator: Any, guard: Guard, *, began_s: float) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        prepared: Prepared,
+        accelerator: Any,
+        guard: Guard,
+        *,
+        micro_batch_size: int,
+        sampler: Sampler | None,
+        began_s: float,
+    ) -> None:
         self._trainer = trainer
+        self._micro_batch_size = micro_batch_size
+        self.run_id: str | None = None
+        """Of the run, from its start on."""
         self._prepared = prepared
         self._accelerator = accelerator
         self._guard = guard
         self._began_s = began_s
         self._device: torch.device = accelerator.device
-        self._sensors = Sensors(self._device)
+        self._sensors = Sensors(self._device, sampler)
         self._metrics = Metrics()
         self._eval_loss: float | None = None
         with typed_failures("load"):
-            self._model = accelerator.prepare(prepared.model)
+            self._model = self._placed(prepared.model)
             optimizer = build_adamw(
                 self._model,
                 learning_rate=trainer.learning_rate,
@@ -93,11 +104,14 @@ class TrainingLoop:
         )
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
 
+    def _placed(self, model: Any) -> Any:
+        return self._guard.attempt("load", lambda: self._accelerator.prepare(model))
+
     def run(self) -> TrainResult:
         """Trains to ``max_steps``, evaluates, publishes the model. Errors: see `Trainer.train`."""
         guard, trainer, prepared = self._guard, self._trainer, self._prepared
+        self._sensors.forget_peak_memory()
         with (
-            self._sensors,
             guard.watch(
                 model=self._model,
                 optimizer=self._optimizer,
@@ -108,9 +122,10 @@ class TrainingLoop:
             ),
             typed_failures("step"),
         ):
+            self.run_id = guard.run_id
             for notice in prepared.notices:
                 guard.emit(Notice(step=guard.steps_completed, text=notice))
-            prepared.publish_tokenizer(Path(trainer.output_dir))
+            self._publish_tokenizer()
             self._train()
             model_path = self._finish()
             run_id = guard.run_id
@@ -120,20 +135,22 @@ class TrainingLoop:
     # -- steps -------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
+        self._model.train()
+        self._metrics.start_clock()
+        for micro_batches in self._guard.batches(self._loader(), max_steps=self._trainer.max_steps):
+            self._at_boundary()
+            self._step(micro_batches)
+        self._at_boundary()
+
+    def _loader(self) -> DataLoader[Any]:
         trainer = self._trainer
-        loader = training_loader(
+        return training_loader(
             self._prepared.train,
-            micro_batch_size=trainer.batch_size,
+            micro_batch_size=self._micro_batch_size,
             grad_accum_steps=trainer.grad_accum_steps,
             pad_token_id=self._prepared.pad_token_id,
             seed=trainer.seed,
         )
-        self._model.train()
-        self._metrics.start_clock()
-        for micro_batches in self._guard.batches(loader, max_steps=trainer.max_steps):
-            self._at_boundary()
-            self._step(micro_batches)
-        self._at_boundary()
 
     def _step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step on the mean over all target tokens of its micro-batches."""
@@ -143,7 +160,7 @@ class TrainingLoop:
         scaler = self._accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self._optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._trainer.max_grad_norm or math.inf)
+        grad_norm = self._guard.clip_grad_norm_(self._parameters, self._trainer.max_grad_norm or math.inf)
         if scaler is not None:
             scaler.step(self._optimizer)
             scaler.update()
@@ -210,31 +227,37 @@ class TrainingLoop:
         dataset = self._prepared.evaluation
         if dataset is None:
             return
-        self._eval_loss = mean_loss(
-            self._loss_of,
-            self._model,
+        batches = evaluation_batches(
             dataset.rows,
-            batch_size=min(self._trainer.batch_size, self._guard.micro_batch_size or self._trainer.batch_size),
+            batch_size=self._evaluation_rows(),
             pad_token_id=self._prepared.pad_token_id,
-            shrink=self._say_eval_shrink if self._trainer.oom_recovery else None,
         )
-        self._guard.emit(Evaluated(step=step, loss=self._eval_loss, rows=len(dataset)))
+        loss = self._guard.evaluate(self._loss_of, batches, weight=shifted_target_tokens)
+        assert isinstance(loss, float)
+        self._eval_loss = loss
+        self._guard.emit(Evaluated(step=step, loss=loss, rows=len(dataset)))
         self._metrics.start_clock()
 
-    def _say_eval_shrink(self, from_size: int, to_size: int) -> None:
-        text = f"out of memory in evaluation: {from_size} -> {to_size} rows at a time"
-        self._guard.emit(Notice(step=self._guard.steps_completed, text=text))
+    def _evaluation_rows(self) -> int:
+        """Rows of an evaluated batch: those of a micro-batch, as far as they are known to fit."""
+        return min(self._micro_batch_size, self._guard.micro_batch_size or self._micro_batch_size)
 
     # -- the end -----------------------------------------------------------------------------------------
 
     def _finish(self) -> Path:
         self._evaluate(self._guard.steps_completed)
         folder = Path(self._trainer.output_dir) / MODEL_FOLDER
+        self._publish(folder)
+        return folder
+
+    def _publish(self, folder: Path) -> None:
         facts = {"run_id": self._guard.run_id, "step": self._guard.steps_completed}
         marker = read_marker(folder)
         if marker is None or any(marker.get(key) != value for key, value in facts.items()):
             publish(folder, self._save_model, facts=facts, needed_bytes=self._model_bytes())
-        return folder
+
+    def _publish_tokenizer(self) -> None:
+        self._prepared.publish_tokenizer(Path(self._trainer.output_dir))
 
     def _save_model(self, folder: Path) -> None:
         """The adapter alone with LoRA, else all weights; with the tokenizer and its chat template."""

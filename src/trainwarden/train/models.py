@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ ModelSource = str | Path | Mapping[str, Any] | torch.nn.Module
 
 DEFAULT_VOCAB_SIZE = 2048
 _LEAST_VOCAB_SIZE = 260  # 256 bytes, three special tokens, and one merge
+
+_TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
 
 Say = Callable[[str], None]
 
@@ -58,6 +61,24 @@ def quiet_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Keeps what torchao logs when it is first imported out of a run's lines.
+
+    transformers and peft import it wherever it is installed, and it names each of its compiled kernels that does not
+    fit this torch. FP8 training needs none of them, and its gate tries those of torch that it does need.
+    """
+    loggers = [logging.getLogger(name) for name in _TORCHAO_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def load_tokenizer(source: ModelSource, *, backoff: Backoff, say: Say) -> Any:
     """The tokenizer of a directory or Hub repository. Raises `ModelLoadError`."""
     from transformers import AutoTokenizer
@@ -81,14 +102,22 @@ def require_fast(tokenizer: Any, name: str) -> None:
         raise ModelLoadError(model=name, cause_category="unsupported", problem=problem)
 
 
-def load_model(source: ModelSource, *, dtype: torch.dtype, backoff: Backoff, say: Say) -> Any:
+def load_model(source: ModelSource, *, dtype: torch.dtype, backoff: Backoff, say: Say, weights: bool = True) -> Any:
     """The model of a directory or Hub repository, on the CPU, without executing code that comes with it.
 
-    Raises `ModelLoadError`, also when the files lack weights: those would silently be random.
+    Without ``weights`` as `without_weights` builds it. Raises `ModelLoadError`, also when the files lack weights: those
+    would silently be random.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name = _existing(source)
+
+    def build() -> Any:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=_is_local(name))
+        return without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
+
+    if not weights:
+        return load_with_retries(build, model=name, backoff=backoff, say=say, preface=_preface(name))
 
     def load() -> tuple[Any, dict[str, Any]]:
         with quiet_progress_bars():
@@ -106,6 +135,16 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, backoff: Backoff, say
     if missing := sorted(report["missing_keys"]):
         problem = f"its files lack {len(missing)} weights, such as {missing[0]}, which would be left random"
         raise ModelLoadError(model=name, cause_category="corrupt", problem=problem)
+    return model
+
+
+def without_weights(build: Callable[[], Any]) -> Any:
+    """The model that ``build`` makes, its parameters on the meta device and its buffers computed."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = build()
+    model.tie_weights()  # each meta parameter is made anew, also the tied ones
     return model
 
 
@@ -189,6 +228,18 @@ def add_lora(model: Any, lora: LoraSettings, *, base: str | None) -> Any:
     if base is not None:
         config.base_model_name_or_path = base  # peft takes the name of the model object, which a new one has not
     return adapted
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Makes blocks keep their input only, and run again in the backward pass.
+
+    Raises `InvalidSettingError` for a model whose class cannot.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        expected = f"false: {type(model).__name__} has no gradient checkpointing"
+        raise InvalidSettingError(setting="gradient_checkpointing", value=True, expected=expected) from error
 
 
 def _existing(source: ModelSource) -> str:

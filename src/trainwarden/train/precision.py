@@ -40,9 +40,14 @@ def choose_device(asked: DeviceChoice) -> tuple[torch.device, str]:
     return torch.device("cpu"), problem
 
 
-def choose_precision(asked: DtypeChoice, device: torch.device, mode: Mode) -> Precision:
-    """bfloat16 where the GPU has it, else float32. Raises `InvalidSettingError` for float16 on a CPU."""
-    if asked == "auto":
+def choose_precision(asked: DtypeChoice, device: torch.device, mode: Mode, *, fp8: bool = False) -> Precision:
+    """bfloat16 where the GPU has it, else float32. Raises `InvalidSettingError` for float16 on a CPU.
+
+    ``fp8`` is whether FP8 is asked for: what it leaves, and all where it cannot be used, is computed in bfloat16.
+    """
+    if asked == "auto" and fp8:
+        compute, reason = torch.bfloat16, "what goes with FP8, and stands in for it"
+    elif asked == "auto":
         compute, reason = _automatic(device)
     else:
         compute, reason = getattr(torch, asked), "as asked"

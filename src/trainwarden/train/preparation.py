@@ -21,6 +21,7 @@ from trainwarden.train.rows import Row
 from trainwarden.train.tokenizer import ensure_chat_template
 
 if TYPE_CHECKING:
+    from trainwarden.train.foresight import Foresight
     from trainwarden.train.trainer import Trainer
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -54,8 +55,16 @@ class Prepared:
             publish(folder, self.tokenizer.save_pretrained, facts=self.tokenizer_facts)
 
 
-def prepare(trainer: Trainer, precision: Precision, *, backoff: Backoff, say: models.Say) -> Prepared:
-    """Reads, loads, builds and encodes, cheap things first.
+def prepare(
+    trainer: Trainer,
+    precision: Precision,
+    *,
+    backoff: Backoff,
+    say: models.Say,
+    weights: bool = True,
+    foresight: Foresight | None = None,
+) -> Prepared:
+    """Reads, loads, builds and encodes, cheap things first. Without ``weights`` parameters are on the meta device.
 
     Raises the ``Dataset…`` errors, `ModelLoadError`, `InvalidSettingError` and `ConfigurationError`.
     """
@@ -64,7 +73,11 @@ def prepare(trainer: Trainer, precision: Precision, *, backoff: Backoff, say: mo
     tokenizer, facts = _tokenizer(trainer, rows, backoff, say)
     if ensure_chat_template(tokenizer):
         notices.append("the tokenizer has no chat template: ChatML is used, and saved with the model")
-    model, new_base = _model(trainer, tokenizer, precision, backoff, say, notices)
+    if foresight is not None:
+        foresight.before_load(tokenizer)
+    model, new_base = _model(trainer, tokenizer, precision, backoff, say, notices, weights=weights)
+    if foresight is not None:
+        foresight.after_load(model)
     max_length = _max_length(trainer, model, notices)
 
     def encoded(which: list[Row], name: str) -> EncodedDataset:
@@ -127,6 +140,8 @@ def _model(
     backoff: Backoff,
     say: models.Say,
     notices: list[str],
+    *,
+    weights: bool,
 ) -> tuple[Any, Callable[[], Any] | None]:
     source = trainer.model
     new_base: Callable[[], Any] | None = None
@@ -139,18 +154,20 @@ def _model(
             torch.default_generator.manual_seed(trainer.seed)
             return models.build_model(config, tokenizer, dtype=precision.weights)
 
-        model = build()
+        model = build() if weights else models.without_weights(build)
         if trainer.mode == "lora":
             notices.append("LoRA on a new model learns little, as its frozen weights are random: use mode full")
             new_base = build
             base = str((Path(trainer.output_dir) / MODEL_FOLDER / BASE_MODEL_FOLDER).resolve())
     else:
-        model = models.load_model(source, dtype=precision.weights, backoff=backoff, say=say)
+        model = models.load_model(source, dtype=precision.weights, backoff=backoff, say=say, weights=weights)
     if trainer.mode == "lora":
         lora = models.LoraSettings(
             trainer.lora_rank, trainer.lora_alpha, trainer.lora_dropout, trainer.lora_target_modules
         )
         model = models.add_lora(model, lora, base=base)
+    if trainer.gradient_checkpointing:
+        models.enable_checkpointing(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         expected = "a model with parameters that may be trained (requires_grad)"
         raise InvalidSettingError(setting="model", value=models.source_name(source), expected=expected)

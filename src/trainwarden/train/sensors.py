@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
-from typing import Self
 
 import psutil
 import torch
 
-from trainwarden.device import Sampler, SensorSilent, Source, known
+from trainwarden.device import Sampler, SensorSilent, known
+from trainwarden.runtime.meter import forget_peak_allocated_bytes, peak_allocated_bytes
 
 
 class Sensors:
-    """Readings of the device that trains, as a context manager; ``None`` where there is none.
+    """Readings of the device that trains; ``None`` where there is none.
 
-    On a CPU there is no temperature, and memory is that of the process. A GPU is sampled on a thread of its
-    own, from ``source`` if given.
+    On a CPU there is no temperature, and memory is that of the process. ``sampler`` is that of the run's guard, which
+    starts and closes it.
     """
 
-    def __init__(self, device: torch.device, source: Source | None = None) -> None:
+    def __init__(self, device: torch.device, sampler: Sampler | None) -> None:
         self._device = device
-        self._sampler = Sampler(source) if device.type == "cuda" else None
+        self._sampler = sampler
         self._max_temperature_c: float | None = None
 
-    def __enter__(self) -> Self:
-        if self._sampler is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._sampler.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._sampler is not None:
-            self._sampler.close()
+    def forget_peak_memory(self) -> None:
+        """A GPU's peak is counted from here on."""
+        if self._device.type == "cuda":
+            forget_peak_allocated_bytes(self._device)
 
     @property
     def max_temperature_c(self) -> float | None:
@@ -63,7 +55,7 @@ class Sensors:
     def peak_memory_bytes(self) -> int | None:
         """The most that was in use: since the training began on a GPU, since the process began on a CPU."""
         if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
+            return peak_allocated_bytes(self._device)
         if sys.platform == "win32":
             return None
         import resource

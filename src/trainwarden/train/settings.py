@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainwarden.capability import check_fp8_settings
 from trainwarden.errors import InvalidSettingError
+from trainwarden.errors.registry import known_names
 
 Mode = Literal["lora", "full"]
 Schedule = Literal["linear", "cosine", "constant"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+BackendChoice = Literal["auto", "cpu", "cuda", "mlx"]
+BatchSize = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,19 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, str) for item in value)
 
 
+def _is_codes(value: Any) -> bool:
+    return _is_names(value) and all(code.upper() in known_names() for code in value)
+
+
+def _or_auto(rule: Rule) -> Rule:
+    return Rule(lambda value: value == "auto" or rule.accepts(value), f"{rule.expected}, or auto")
+
+
 RULES: Mapping[str, Rule] = {
     "mode": one_of("lora", "full"),
     "output_dir": Rule(lambda value: isinstance(value, str | Path) and str(value) != "", "a directory"),
     "max_steps": whole(1),
-    "batch_size": whole(1),
+    "batch_size": _or_auto(whole(1)),
     "grad_accum_steps": whole(1),
     "learning_rate": number(0.0, above=True),
     "warmup_steps": whole(0),
@@ -87,6 +99,13 @@ RULES: Mapping[str, Rule] = {
     "eval_every_steps": whole(0),
     "device": one_of("auto", "cpu", "cuda"),
     "dtype": one_of("auto", "float32", "bfloat16", "float16"),
+    "backend": one_of("auto", "cpu", "cuda", "mlx"),
+    "fp8": flag(),
+    "full_ft_offload": flag(),
+    "full_ft_ceiling_billions": number(0.0, above=True, optional=True),
+    "gradient_checkpointing": flag(),
+    "device_memory_bytes": whole(1, optional=True),
+    "waive": Rule(_is_codes, "a list of codes of preflight findings"),
     "lora_rank": whole(1),
     "lora_alpha": number(0.0, above=True),
     "lora_dropout": number(0.0, 1.0, below=True),
@@ -125,6 +144,23 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if settings["eval_rows"] and settings["eval_dataset"] is not None:
         expected = "0 when an evaluation data set is given"
         raise InvalidSettingError(setting="eval_rows", value=settings["eval_rows"], expected=expected)
+    _check_hardware_settings(settings)
+
+
+def _check_hardware_settings(settings: Mapping[str, Any]) -> None:
+    """What can be said of backend, FP8 and offload before the machine is asked."""
+    backend, device = settings["backend"], settings["device"]
+    if backend in ("cpu", "cuda") and device not in ("auto", backend):
+        expected = f"auto or {device} with device {device}"
+        raise InvalidSettingError(setting="backend", value=backend, expected=expected)
+    if settings["fp8"]:
+        check_fp8_settings(mode=settings["mode"])
+        if settings["dtype"] not in ("auto", "bfloat16"):
+            expected = f"false with dtype {settings['dtype']}: what is not computed in FP8 is computed in bfloat16"
+            raise InvalidSettingError(setting="fp8", value=True, expected=expected)
+    if settings["full_ft_offload"] and settings["mode"] != "full":
+        expected = f"false with mode {settings['mode']}: it offloads the weights of full fine-tuning"
+        raise InvalidSettingError(setting="full_ft_offload", value=True, expected=expected)
 
 
 def _shown(value: Any) -> Any:

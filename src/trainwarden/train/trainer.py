@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +14,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trainwarden.device import Sampler
 from trainwarden.errors import InvalidSettingError
 from trainwarden.events import Notice, Observer
 from trainwarden.runtime import Guard
+from trainwarden.runtime.ranks import Alone
+from trainwarden.train import gates
 from trainwarden.train.data import Batch, Source
+from trainwarden.train.foresight import Foresight
+from trainwarden.train.fp8 import frozen_layers_in_fp8
 from trainwarden.train.hub import Backoff
 from trainwarden.train.loop import TrainingLoop, print_event, typed_failures
-from trainwarden.train.models import ModelSource
+from trainwarden.train.models import ModelSource, quiet_torchao
+from trainwarden.train.offload import Offload, offloading
+from trainwarden.train.offload_loop import OffloadedLoop
 from trainwarden.train.precision import Precision, choose_device, choose_precision
-from trainwarden.train.preparation import MODEL_FOLDER, TOKENIZER_FOLDER, prepare
+from trainwarden.train.preparation import MODEL_FOLDER, TOKENIZER_FOLDER, Prepared, prepare
 from trainwarden.train.publish import require_ours
 from trainwarden.train.result import TrainResult
-from trainwarden.train.settings import DeviceChoice, DtypeChoice, Mode, Schedule, check_settings
+from trainwarden.train.settings import (
+    BackendChoice,
+    BatchSize,
+    DeviceChoice,
+    DtypeChoice,
+    Mode,
+    Schedule,
+    check_settings,
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -57,20 +72,37 @@ class Trainer:
         max_length: tokens at which rows are cut.
         limit: training rows that are read at most.
         batch_size: rows of a micro-batch; fewer when memory runs out, with ``oom_recovery``, and the same
-            step results.
+            step results. ``auto`` takes as many as are predicted to fit with 5 % of the memory to spare, and
+            a continued run the same.
         learning_rate: peak; 2e-4 suits LoRA, full fine-tuning wants about a tenth.
         schedule: ``cosine``, ``linear`` or ``constant`` after ``warmup_steps``.
         max_grad_norm: gradients are scaled down to this norm; ``None`` leaves them.
         seed: of weights, adapters, dropout and order of the data (below 2**32).
         device: ``auto`` takes a CUDA device when there is one.
         dtype: of the computation; trained weights are kept in float32. ``auto`` chooses and says why.
+        backend: what trains: ``cpu`` or ``cuda``, the same as ``device``; ``mlx`` is refused until it is built.
+        fp8: with LoRA, the frozen linear layers compute in FP8 (torchao), all else in bfloat16. Where that
+            cannot be, a warning says why and all is computed in bfloat16.
+        full_ft_offload: with ``mode="full"``, weights, gradients and optimizer state lie in host memory
+            (FSDP2), in one process or, under torchrun, in pieces on all ranks; ``batch_size`` is then that of one
+            rank (docs/offload.md). Where that cannot be, it is refused.
+        full_ft_ceiling_billions: with ``mode="full"``, the largest model that is trained, whatever is predicted;
+            ``None`` leaves it to the prediction.
+        gradient_checkpointing: blocks keep their input only and run again in the backward pass: about a third
+            more compute for a fraction of the activations.
+        device_memory_bytes: what the run may take; by default what the driver of a GPU says.
         lora_rank, lora_alpha, lora_dropout, lora_target_modules: of the adapters, as in peft.
         accept_changes: as in `Guard`; ``["data"]`` continues on other rows.
+        waive: codes of preflight findings that refuse nothing, such as ``PREFLIGHT_MEMORY``.
         oom_recovery and the other settings not named here: see `Guard`.
         observers: callables that take one event; ``None`` prints notices and log lines to stderr.
 
     Raises:
-        InvalidSettingError: an argument is out of range. Nothing is loaded before all are checked.
+        InvalidSettingError: an argument is out of range, or excluded by another or by this machine
+            (docs/capability.md). Nothing is loaded before all are checked.
+        FP8UnsupportedError: FP8 on a GPU that has it, with a torchao that cannot be imported.
+        FSDPUnavailableError: full fine-tuning cannot be offloaded here.
+        MLXUnavailableError: MLX on a Mac that lacks it.
     """
 
     model: ModelSource
@@ -84,7 +116,7 @@ class Trainer:
     eval_rows: int = 0
     max_length: int = 512
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     grad_accum_steps: int = 1
     learning_rate: float = 2e-4
     warmup_steps: int = 0
@@ -97,6 +129,12 @@ class Trainer:
     eval_every_steps: int = 0
     device: DeviceChoice = "auto"
     dtype: DtypeChoice = "auto"
+    backend: BackendChoice = "auto"
+    fp8: bool = False
+    full_ft_offload: bool = False
+    full_ft_ceiling_billions: float | None = None
+    gradient_checkpointing: bool = False
+    device_memory_bytes: int | None = None
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -109,6 +147,7 @@ class Trainer:
     keep_last: int = 2
     resume: Literal["auto", "never", "must"] = "auto"
     accept_changes: Sequence[str] = ()
+    waive: Sequence[str] = ()
     observers: Sequence[Observer] | None = None
     command: Sequence[str] | None = None
     config: Mapping[str, Any] | None = None
@@ -119,6 +158,7 @@ class Trainer:
         self._check_model()
         for name in ("train_dataset", "eval_dataset"):
             _check_source(name, settings[name], optional=name == "eval_dataset")
+        self._granted = gates.ask(self)
 
     def train(self) -> TrainResult:
         """Trains until ``max_steps``, from the newest checkpoint on, and saves ``output_dir/model``.
@@ -136,19 +176,42 @@ class Trainer:
             TrainingError: anything else that went wrong during training, chained from what it was.
         """
         began_s = time.perf_counter()
-        device, device_reason = choose_device(self.device)
-        precision = choose_precision(self.dtype, device, self.mode)
+        device, device_reason = choose_device(gates.device_asked(self.device, self.backend))
+        precision = choose_precision(self.dtype, device, self.mode, fp8=self.fp8)
         self._check_output()
-        guard = self._guard()
+        sampler = Sampler() if device.type == "cuda" else None
+        runner = offloading if self.full_ft_offload else _accelerator
+        with runner(device, precision, self.seed) as accelerator, ExitStack() as converted:
+            guard = self._guard(sampler, accelerator)
 
-        def say(text: str) -> None:
-            guard.emit(Notice(step=0, text=text))
+            def say(text: str) -> None:
+                guard.emit(Notice(step=0, text=text))
 
-        say(f"device {device} ({device_reason}), computing in {str(precision.compute)[6:]} ({precision.reason})")
-        with _accelerator(device, precision, self.seed) as accelerator:
-            with typed_failures("load"):
-                prepared = prepare(self, precision, backoff=Backoff(), say=say)
-            return TrainingLoop(self, prepared, accelerator, guard, began_s=began_s).run()
+            foresight = Foresight(self, device, precision, say=say)
+
+            def load(*, weights: bool = True) -> Prepared:
+                with typed_failures("load"), quiet_torchao():
+                    ahead = foresight if weights else None
+                    return guard.attempt(
+                        "load",
+                        lambda: prepare(self, precision, backoff=Backoff(), say=say, weights=weights, foresight=ahead),
+                    )
+
+            say(f"device {device} ({device_reason}), computing in {str(precision.compute)[6:]} ({precision.reason})")
+            ranked = isinstance(accelerator, Offload)
+            prepared = accelerator.together(lambda: load(weights=accelerator.rank == 0)) if ranked else load()
+            prepared.notices[:0] = self._granted.warnings
+            if self._granted.trains_in_fp8:
+                with typed_failures("load"), quiet_torchao():
+                    converted.enter_context(frozen_layers_in_fp8(prepared.model, prepared.notices.append))
+            loop = OffloadedLoop if self.full_ft_offload else TrainingLoop
+            ranks = accelerator.ranks if ranked else Alone()
+            rows = ranks.lead(lambda: foresight.settle(guard, prepared))
+            running = loop(self, prepared, accelerator, guard, micro_batch_size=rows, sampler=sampler, began_s=began_s)
+            try:
+                return running.run()
+            finally:
+                foresight.record(running.run_id)
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss over the targets of a (micro-)batch on the device; to be overridden for another loss.
@@ -160,7 +223,10 @@ class Trainer:
         loss: Tensor = model(**batch, use_cache=False).loss
         return loss
 
-    def _guard(self) -> Guard:
+    def _guard(self, sampler: Sampler | None, accelerator: Any) -> Guard:
+        observers = (print_event,) if self.observers is None else self.observers
+        if self.observers is None and isinstance(accelerator, Offload) and accelerator.rank:
+            observers = ()  # what rank 0 tells a person need not be told again
         return Guard(
             self.output_dir,
             oom_recovery=self.oom_recovery,
@@ -173,7 +239,8 @@ class Trainer:
             accept_changes=self.accept_changes,
             # A frozen base model is loaded again; only adapters are worth a checkpoint's space.
             save_frozen=self.mode == "full",
-            observers=(print_event,) if self.observers is None else self.observers,
+            observers=observers,
+            sampler=sampler,
             command=self.command,
             config=self.config,
         )
@@ -218,7 +285,7 @@ def _accelerator(device: torch.device, precision: Precision, seed: int) -> Itera
 
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
-        expected = "1: a Trainer trains in one process"
+        expected = "1, or full_ft_offload=True: otherwise a Trainer trains in one process"
         raise InvalidSettingError(setting="WORLD_SIZE", value=world_size, expected=expected)
     was_initialized = is_initialized()
     set_seed(seed)
