@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,18 @@ Instead = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
 
 @contextmanager
 def operations(instead: Instead) -> Iterator[None]:
-    """Call `instead(name, real_function, arguments)` for each of `OPERATIONS` but those it makes itself."""
-    inside = False
+    """Call `instead(name, real_function, arguments)` for each of `OPERATIONS` but those it makes itself.
+
+    What other threads do, of this test or left over from another one, is not counted.
+    """
+    inside, thread = False, threading.get_ident()
 
     def replacement(name: str) -> Callable[..., Any]:
         real = getattr(os, name)
 
         def operation(*args: Any, **kwargs: Any) -> Any:
             nonlocal inside
-            if inside:
+            if inside or threading.get_ident() != thread:
                 return real(*args, **kwargs)
             inside = True
             try:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -420,7 +421,10 @@ def test_a_reader_beside_a_writer_always_gets_a_whole_checkpoint(tmp_path: Path)
     reader = threading.Thread(target=read)
     reader.start()
     started.wait()
-    saved(tmp_path, *range(2, 60), keep_last=1)
+    for step in count(2):
+        saved(tmp_path, step, keep_last=1)
+        if failures or (step >= 30 and len(set(steps)) > 3):
+            break
     done.set()
     reader.join()
     assert failures == []

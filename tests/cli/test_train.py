@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import ended_when_hung
 from trainwarden.cli.main import main
 from trainwarden.runs import read_events
 
@@ -75,32 +76,65 @@ def test_the_result_is_one_json_document(work: Path, capsys: Captured) -> None:
     assert (result["status"], result["steps_completed"], result["exit_code"]) == ("finished", 2, 0)
 
 
-def test_ctrl_c_finishes_the_step_and_resume_finishes_the_run(work: Path, capsys: Captured) -> None:
-    command = [sys.executable, "-m", "trainwarden.cli.main", "train", "tiny.yaml"]
+HELD_AT_STEP_1 = """
+import signal, sys
+# Whoever runs the tests in the background may have started them with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+write = sys.stderr.write
+
+def hold(text):
+    written = write(text)
+    if text.startswith("step 1/"):
+        write("\\n")  # whose own end of the line comes later
+        sys.stderr.flush()
+        sys.stdin.readline()  # the run stands here until the test has seen its signal noticed
+    return written
+
+sys.stderr.write = hold
+from trainwarden.cli.main import main
+sys.exit(main())
+"""
+
+
+def interrupted(*arguments: str) -> tuple[int, str]:
+    """Exit status and stdout of ``warden`` that gets a Ctrl-C in step 1."""
     with subprocess.Popen(
-        [*command, "-o", "trainer.max_steps=200", "--output-format", "json"],
+        [sys.executable, "-c", HELD_AT_STEP_1, *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("step 1/"):
-                process.send_signal(signal.SIGINT)
-                break
-        out, _ = process.communicate()
-    assert process.returncode == 75
+        said = ""
+        with ended_when_hung(process.kill):
+            for line in process.stderr:
+                said += line
+                if line.startswith("step 1/"):
+                    process.send_signal(signal.SIGINT)
+                if "SIGINT: finishing the step" in line:
+                    process.stdin.close()
+            out = process.stdout.read()
+    assert "SIGINT: finishing the step" in said, said
+    return process.returncode, out
+
+
+def test_ctrl_c_finishes_the_step_and_resume_finishes_the_run(work: Path, capsys: Captured) -> None:
+    status, out = interrupted("train", "tiny.yaml", "--output-format", "json")
+    assert status == 75
     envelope = json.loads(out)
     assert envelope["code"] == "RUNTIME_TRAINING_ABORTED"
     assert envelope["resume_command"] == "warden resume runs/tiny"
     stopped_at = envelope["steps_completed"]
-    assert 1 <= stopped_at < 200
+    assert 1 <= stopped_at <= 2
     assert Path(envelope["checkpoint_path"]).is_dir()
 
     assert main(["resume", envelope["run_id"], "--output-format", "json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert (result["run_id"], result["steps_completed"]) == (envelope["run_id"], 200)
+    assert (result["run_id"], result["steps_completed"]) == (envelope["run_id"], 12)
     assert f"continues after step {stopped_at}" in captured.err
     names = [event["event"] for event in read_events("runs/tiny/events.jsonl")]
     assert names.count("resumed") == 1
@@ -109,7 +143,7 @@ def test_ctrl_c_finishes_the_step_and_resume_finishes_the_run(work: Path, capsys
     assert (page["run"]["status"], page["run"]["starts"]) == ("finished", 2)
     steps = [step for step, _ in page["losses"]]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 200
+    assert steps[-1] == 12
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.report.test_progress import line, metrics
+from tests.waiting import ended_when_hung
 from trainwarden import device
 from trainwarden.cli.main import main
 from trainwarden.runs import Ledger, RunDirectory
@@ -130,17 +131,19 @@ class Screen:
 
     def until(self, words: str) -> None:
         """Read on until these words were drawn; fails with what was drawn when the process ends before."""
-        while words not in ESCAPE.sub("", self.seen):
-            assert self._read(), ESCAPE.sub("", self.seen)
+        with ended_when_hung(self.process.kill):
+            while words not in ESCAPE.sub("", self.seen):
+                assert self._read(), ESCAPE.sub("", self.seen)
 
     def press(self, key: bytes) -> None:
         os.write(self._master, key)
 
     def end(self) -> int:
         """Read on until the process has ended; its exit status."""
-        while self._read():
-            pass
-        return self.process.wait()
+        with ended_when_hung(self.process.kill):
+            while self._read():
+                pass
+            return self.process.wait()
 
     def restored(self) -> bool:
         """Whether the normal screen, the cursor and the terminal's modes are as they were."""

@@ -11,6 +11,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import LIMIT_S
+
 SOURCE = Path(__file__).with_name("nvml_stub.c")
 GIB = 2**30
 
@@ -50,7 +52,7 @@ def compile_stub(folder: Path, *flags: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     soname = "-Wl,-soname,libnvidia-ml.so.1"
     command = [compiler() or "cc", *flags, "-shared", "-fPIC", "-O1", soname, "-o", str(library), str(SOURCE)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S)
     return library
 
 
@@ -86,7 +88,7 @@ class StandIn:
             return []
         return [(int(pid), name) for pid, name in (line.split() for line in self._log.read_text().splitlines())]
 
-    def run(self, program: str, *, timeout_s: float = 30.0, **environ: str) -> Any:
+    def run(self, program: str, *, timeout_s: float = LIMIT_S, **environ: str) -> Any:
         """What a Python program prints as JSON, run in a fresh process whose driver this machine is."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "NVML_STUB"))}
         variables = {"LD_LIBRARY_PATH": str(self.library.parent), **self.environment, **environ}
@@ -104,16 +106,24 @@ class StandIn:
 
 
 PRELUDE = """
-import json, os, sys, time
+import json, os, sys, threading, time
 from trainwarden.device import *
+from trainwarden.device.binding import call_in_flight
 
 def say(value):
     print(json.dumps(value), flush=True)
 
-def until(condition, within_s=10.0):
-    end = time.monotonic() + within_s
+def until(condition):
+    end = time.monotonic() + 300
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
     return found
+
+def inside(thread, call):
+    # Whether the thread is inside this call of the driver.
+    return (call_in_flight(thread.ident or 0) or ("",))[0] == call
 """
+
+HOUR_MS = 3_600_000
+"""How long a driver stalls that never comes back: whoever waits for it is ended by the limit of `StandIn.run`."""

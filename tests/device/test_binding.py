@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.waiting import LIMIT_S
 from trainwarden.device import Missing, Unknown, Unsupported
 from trainwarden.device.binding import Nvml, call_in_flight, nvml
 from trainwarden.device.deadline import within
@@ -79,17 +80,17 @@ def test_a_call_is_noted_while_it_is_under_way_and_only_then() -> None:
 
     def slow() -> None:
         entered.set()
-        leave.wait(10)
+        leave.wait(LIMIT_S)
 
     thread = threading.Thread(target=library(nvmlSlow=slow).call, args=("nvmlSlow",), daemon=True)
     thread.start()
-    assert entered.wait(10)
+    assert entered.wait(LIMIT_S)
     assert thread.ident is not None
     call = call_in_flight(thread.ident)
     assert call is not None
     assert call[0] == "nvmlSlow"
     leave.set()
-    thread.join(10)
+    thread.join(LIMIT_S)
     assert call_in_flight(thread.ident) is None
 
 
@@ -107,10 +108,10 @@ def test_a_failed_initialisation_is_tried_again_when_asked_again(nvml_here: Stan
 
 class TestADeadline:
     def test_passes_on_what_the_task_returns(self) -> None:
-        assert within(10, lambda: 42) == 42
+        assert within(LIMIT_S, lambda: 42) == 42
 
     def test_turns_an_exception_into_unknown(self) -> None:
-        assert within(10, failing(OSError("bad"))) == Unknown("OSError: bad")
+        assert within(LIMIT_S, failing(OSError("bad"))) == Unknown("OSError: bad")
 
     def test_goes_on_without_a_task_that_hangs(self) -> None:
         forever = threading.Event()

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from tests.waiting import LIMIT_S, until
 from trainwarden.device import Device, Source, Unsupported
 from trainwarden.device.reading import SENSORS
 from trainwarden.testing.fake_device import FakeDevice, FakeSource, healthy_reading
@@ -51,10 +52,11 @@ def test_a_hanging_fake_holds_its_reader_until_it_is_told_to_go_on() -> None:
     device = FakeDevice().hang()
     reader = threading.Thread(target=device.read, daemon=True)
     reader.start()
+    until(lambda: device.reads)
     reader.join(0.02)
     assert reader.is_alive()
     device.resume()
-    reader.join(10)
+    reader.join(LIMIT_S)
     assert not reader.is_alive()
     assert device.reads == 1
 

@@ -6,55 +6,40 @@ import os
 
 import pytest
 
-from .stand_in import StandIn
+from .stand_in import HOUR_MS, StandIn
 
 
-def test_a_stall_of_30_s_delays_no_step_and_is_reported_in_time_and_ends_the_process_at_once(
-    machine: StandIn,
-) -> None:
+def test_a_stall_of_an_hour_delays_no_step_and_is_reported_and_ends_the_process_at_once(machine: StandIn) -> None:
+    """A call that waited for the driver would be waited for until the limit of `StandIn.run`."""
     stalled = str(machine.script)
     answer = machine.run(
         f"""
         s = Sampler(period_s=0.1, deadline_s=0.5).start()
         until(lambda: s.latest().sequence)
         with open({stalled!r}, "a") as script:
-            script.write("sleep_ms.nvmlDeviceGetPowerUsage=30000\\n")
-        stalled_at, delays_s, silent = time.monotonic(), [], None
-        while silent is None and time.monotonic() < stalled_at + 5:
-            began = time.perf_counter()
-            latest = s.latest()
-            delays_s.append(time.perf_counter() - began)
-            silent = latest if isinstance(latest, SensorSilent) else None
-            time.sleep(0.001)
-        reported_s = time.monotonic() - stalled_at
-        began = time.monotonic()
+            script.write("sleep_ms.nvmlDeviceGetPowerUsage={HOUR_MS}\\n")
+        until(lambda: getattr(s.latest(), "call", None) == "nvmlDeviceGetPowerUsage")
+        silent, thread = s.latest(), s._worker.thread
         ended = s.close(0.2)
-        delays_s.sort()
-        usual_s, worst_s = delays_s[int(len(delays_s) * 0.98)], delays_s[-1]
-        say({{"usual_s": usual_s, "worst_s": worst_s, "reported_s": reported_s, "ended": ended,
-             "close_s": time.monotonic() - began, "call": silent.call, "text": str(silent)}})
-        """,
-        timeout_s=10,
+        say({{"silent_s": silent.silent_s, "ended": ended, "text": str(silent),
+             "stalled": inside(thread, "nvmlDeviceGetPowerUsage")}})
+        """
     )
-    assert answer["usual_s"] < 1e-3
-    assert answer["worst_s"] < 0.1  # waiting for a processor on a busy machine; a blocked call would take 30 s
-    assert answer["reported_s"] < 0.5 + 1.0
-    assert answer["call"] == "nvmlDeviceGetPowerUsage"
+    assert answer["silent_s"] > 0.6, "not before the period and the deadline have passed"
     assert "nvmlDeviceGetPowerUsage has not returned" in answer["text"]
+    assert answer["stalled"], "all of this happened during one call of the driver"
     assert answer["ended"] is False
-    assert answer["close_s"] < 1.0
 
 
 def test_a_driver_that_hangs_at_initialisation_is_silence_too(machine: StandIn) -> None:
-    machine.set({"sleep_ms.nvmlInitWithFlags": 30_000})
+    machine.set({"sleep_ms.nvmlInitWithFlags": HOUR_MS})
     answer = machine.run(
         """
         s = Sampler(period_s=0.05, deadline_s=0.2).start()
-        until(lambda: isinstance(s.latest(), SensorSilent))
+        until(lambda: getattr(s.latest(), "call", None) == "nvmlInit")
         silent = s.latest()
         say({"call": silent.call, "sequence": silent.last.sequence})
-        """,
-        timeout_s=10,
+        """
     )
     assert answer == {"call": "nvmlInit", "sequence": 0}
 
@@ -195,8 +180,7 @@ def test_without_a_driver_there_is_one_reason_and_nothing_else(machine: StandIn)
     answer = machine.run(
         """
         with Sampler(period_s=0.01) as s:
-            until(lambda: s.latest().sequence)
-            time.sleep(0.05)
+            s._worker.thread.join()  # there is nothing to sample
             say([s.latest().sequence, len(s.latest().readings), s.latest().reason])
         """,
         LD_LIBRARY_PATH="",
@@ -205,18 +189,19 @@ def test_without_a_driver_there_is_one_reason_and_nothing_else(machine: StandIn)
 
 
 def test_eight_devices_cost_little(machine: StandIn) -> None:
+    """What a reading costs is the calls that it makes; `benchmarks/monitor_cost.py` measures the seconds."""
     machine.set(devices=8)
-    cpu_s = machine.run(
+    calls = machine.run(
         """
-        (first, *others) = list_devices().devices
-        devices = [first, *others]
+        devices = list_devices().devices
         for device in devices:
             device.read()
-        began = time.thread_time()
+        log = os.environ["NVML_STUB_LOG"]
+        before = len(open(log).readlines())
         for _ in range(20):
             for device in devices:
                 device.read()
-        say((time.thread_time() - began) / 20)
+        say(len(open(log).readlines()) - before)
         """
     )
-    assert cpu_s < 0.01  # per second at 1 Hz; measured here: 0.0023, the stand-in included
+    assert calls / (20 * 8) <= 9

@@ -6,99 +6,54 @@ the whole run is counted once, then each round draws k. The seed is printed; ``W
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import random
 import shutil
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-MAX_STEPS = 24
+from . import killed
+from .warm import Ending, Start, cold, run
 
-forkserver = multiprocessing.get_context("forkserver")
-
-
-def train(run_dir: Path) -> torch.Tensor:
-    from torch.utils.data import DataLoader
-
-    from tests.runtime.loops import Loop, Rows
-
-    loop = Loop(
-        run_dir,
-        max_steps=MAX_STEPS,
-        dropout=0.2,
-        loader=DataLoader(Rows(40, noise=True), batch_size=8, shuffle=True),
-        guard_options={"checkpoint_every_steps": 2},
-    )
-    return loop.run().weights()
+SCRIPT = Path(killed.__file__)
 
 
-def train_until(run_dir: Path, result: Any, kill_at_call: int | None) -> None:
-    """Child process: trains, killing itself at the given call; reports the number of calls and the weights."""
-    torch.set_num_threads(1)
-    calls = 0
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        if event == "c_call":
-            calls += 1
-            if calls == kill_at_call:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.setprofile(count)
-    weights = train(run_dir)
-    sys.setprofile(None)
-    result.put((calls, weights.tolist()))
-
-
-def in_child(target: Callable[..., None], *arguments: Any) -> tuple[int, Any]:
-    """Exit code and result of a fresh process; it starts with torch already imported."""
-    result = forkserver.Queue()
-    process = forkserver.Process(target=target, args=(arguments[0], result, *arguments[1:]))
-    process.start()
-    value = None
-    while value is None and process.is_alive():
-        try:
-            value = result.get(timeout=0.05)
-        except Exception:  # noqa: BLE001 - queue.Empty, or the pipe of a killed writer
-            continue
-    process.join(60)
-    if value is None and process.exitcode == 0:
-        value = result.get(timeout=10)
-    return process.exitcode or 0, value
-
-
-@pytest.fixture(scope="module", autouse=True)
-def preloaded() -> None:
-    forkserver.set_forkserver_preload(["torch", "trainwarden.runtime", "tests.runtime.loops"])
+def weights_of(ending: Ending) -> list[float]:
+    assert ending.status == 0, ending.err
+    weights: list[float] = json.loads(ending.out)["weights"]
+    return weights
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.torture)])
-def test_kills_at_random_moments_lose_nothing(tmp_path: Path, kills: int) -> None:
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path, start: Start, kills: int) -> None:
     seed = int(os.environ.get("WARDEN_KILL_SEED", random.randrange(2**31)))
     print(f"WARDEN_KILL_SEED={seed}")
     drawn = random.Random(seed)
-    status, (calls, expected) = in_child(train_until, tmp_path / "whole", None)
-    assert status == 0
+    whole = run(start, SCRIPT, tmp_path / "whole", 0)
+    expected = weights_of(whole)
+    calls = json.loads(whole.out)["calls"]
 
-    killed = 0
     for round_number in range(kills):
         run_dir = tmp_path / f"run{round_number}"
         moment = drawn.randint(1, calls)
-        status, _ = in_child(train_until, run_dir, moment)
-        assert status == -signal.SIGKILL, f"round {round_number}: not killed at call {moment} of {calls}"
-        killed += 1
-        again = drawn.random() < 0.3  # a run may be hit more than once
-        if again:
-            in_child(train_until, run_dir, drawn.randint(1, calls))
-        status, value = in_child(train_until, run_dir, None)
-        assert status == 0, f"seed {seed}, round {round_number}: killed at call {moment} of {calls}, no resume"
-        assert value[1] == expected, f"seed {seed}, round {round_number}: killed at call {moment} of {calls}"
+        here = f"seed {seed}, round {round_number}: killed at call {moment} of {calls}"
+        first = run(start, SCRIPT, run_dir, moment)
+        assert first.status == -signal.SIGKILL, f"{here}, and it ended otherwise: {first.err}"
+        if drawn.random() < 0.3:  # a run may be hit more than once
+            again = run(start, SCRIPT, run_dir, drawn.randint(1, calls))
+            assert again.status in (0, -signal.SIGKILL), f"{here}: {again.err}"
+        resumed = run(start, SCRIPT, run_dir, 0)
+        assert resumed.status == 0, f"{here}, no resume: {resumed.err}"
+        assert weights_of(resumed) == expected, here
         shutil.rmtree(run_dir)
-    assert killed == kills
+
+
+def test_a_warm_interpreter_trains_as_a_fresh_one(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is killed above is what a user starts."""
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[2]))
+    assert weights_of(run(start, SCRIPT, tmp_path / "warm", 0)) == weights_of(run(cold, SCRIPT, tmp_path / "cold", 0))

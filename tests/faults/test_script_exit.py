@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from .warm import Start, run
 
 HEAD = textwrap.dedent(
     """
@@ -30,11 +31,10 @@ HEAD = textwrap.dedent(
 )
 
 
-def run(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "train.py"
-    script.write_text(HEAD + textwrap.dedent(body))
-    command = [sys.executable, str(script), str(tmp_path / "run")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def script(tmp_path: Path, body: str) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(HEAD + textwrap.dedent(body))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -53,34 +53,36 @@ def run(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
         ("train(compute_loss); model = nn.Linear(4, 2); train(compute_loss)", 78, "CONFIG_RESUME_MISMATCH"),
     ],
 )
-def test_the_exit_status_is_the_errors(tmp_path: Path, body: str, status: int, code: str) -> None:
-    done = run(tmp_path, body)
-    assert done.returncode == status, done.stderr
-    assert code in done.stderr
-    assert f"warden explain {code}" in done.stderr
+def test_the_exit_status_is_the_errors(tmp_path: Path, start: Start, body: str, status: int, code: str) -> None:
+    done = run(start, script(tmp_path, body), tmp_path / "run")
+    assert done.status == status, done.err
+    assert code in done.err
+    assert f"warden explain {code}" in done.err
 
 
-def test_the_last_lines_name_the_last_good_step_and_the_command_that_resumes(tmp_path: Path) -> None:
-    done = run(
+def test_the_last_lines_name_the_last_good_step_and_the_command_that_resumes(tmp_path: Path, start: Start) -> None:
+    path = script(
         tmp_path,
         "train(MemoryCeiling(0, from_step=4, steps_completed=lambda: guard.steps_completed)(compute_loss))",
     )
-    block = done.stderr[done.stderr.rindex("RUNTIME_GPU_OOM") - 400 :]
+    done = run(start, path, tmp_path / "run")
+    block = done.err[done.err.rindex("RUNTIME_GPU_OOM") - 400 :]
     assert "3" in block
     assert "step-00000002" in block
-    assert "train.py" in block
-    assert "Traceback" in done.stderr, "where it happened is not hidden"
+    assert f"{sys.executable} {path} {tmp_path / 'run'}" in block
+    assert "Traceback" in done.err, "where it happened is not hidden"
 
 
-def test_other_exceptions_exit_as_ever(tmp_path: Path) -> None:
-    done = run(tmp_path, "train(lambda batch: 1 / 0)")
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr
-    assert "warden explain" not in done.stderr
+def test_other_exceptions_exit_as_ever(tmp_path: Path, start: Start) -> None:
+    done = run(start, script(tmp_path, "train(lambda batch: 1 / 0)"), tmp_path / "run")
+    assert done.status == 1
+    assert "ZeroDivisionError" in done.err
+    assert "warden explain" not in done.err
 
 
-def test_what_was_registered_for_exit_still_runs(tmp_path: Path) -> None:
-    done = run(
+@pytest.mark.parametrize("start", ["warm", "cold"], indirect=True)
+def test_what_was_registered_for_exit_still_runs(tmp_path: Path, start: Start) -> None:
+    path = script(
         tmp_path,
         """
         import atexit
@@ -88,5 +90,8 @@ def test_what_was_registered_for_exit_still_runs(tmp_path: Path) -> None:
         train(MemoryCeiling(0)(compute_loss))
         """,
     )
-    assert done.returncode == 81
-    assert "goodbye" in done.stdout
+    done = run(start, path, tmp_path / "run")
+    assert done.status == 81
+    assert "goodbye" in done.out
+    assert "Traceback" in done.err
+    assert f"{sys.executable} {path} {tmp_path / 'run'}" in done.err.splitlines()[-1]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
 
 from tests.runtime.loops import Loop
+from tests.waiting import LIMIT_S
 from trainwarden.checkpoint import CheckpointStore
 from trainwarden.events import Notice
+
+from .warm import Interpreter, Script, Start, run, started
 
 SCRIPT = textwrap.dedent(
     """
@@ -44,79 +44,84 @@ SCRIPT = textwrap.dedent(
 )
 
 
-class Script:
-    def __init__(self, tmp_path: Path, run_dir: Path, *, workers: int = 0, hold: bool = True) -> None:
-        path = tmp_path / "train.py"
-        path.write_text(SCRIPT)
-        self.process = subprocess.Popen(
-            [sys.executable, str(path), str(run_dir), str(workers), "hold" if hold else "run"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+class Training:
+    """The script above, running."""
+
+    def __init__(self, running: Script) -> None:
+        self.running = running
 
     def wait_for(self, line: str) -> None:
-        assert self.process.stdout is not None
-        while (read := self.process.stdout.readline()) and read.strip() != line:
+        while (read := self.running.stdout.readline()) and read.strip() != line:
             pass
-        assert read, f"the script ended before {line!r}"
+        assert read, f"the script ended before {line!r}: {self.running.finish().err}"
 
     def wait_for_stderr(self, text: str) -> str:
         """Reads until the script has taken notice of the signal."""
-        stream: IO[str] | None = self.process.stderr
-        assert stream is not None
         seen = ""
-        while text not in seen and (line := stream.readline()):
+        while text not in seen and (line := self.running.stderr.readline()):
             seen += line
         assert text in seen, seen
         return seen
 
-    def finish(self, release: bool = True) -> tuple[int, str, str]:
-        out, err = self.process.communicate("\n" if release else None, timeout=60)
-        return self.process.returncode, out, err
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "workers", "start"),
+    [
+        (signal.SIGINT, 0, "warm"),
+        (signal.SIGINT, 2, "warm"),
+        (signal.SIGTERM, 0, "cold"),
+        (signal.SIGTERM, 2, "warm"),
+    ],
+    indirect=["start"],
+)
 def test_a_stop_signal_finishes_the_step_saves_and_exits_75(
-    tmp_path: Path, number: signal.Signals, workers: int
+    path: Path, tmp_path: Path, start: Start, interpreter: Interpreter, number: signal.Signals, workers: int
 ) -> None:
     """The signal goes to the whole process group, as a terminal and a scheduler send it: data workers get it too."""
     run_dir = tmp_path / "run"
-    script = Script(tmp_path, run_dir, workers=workers)
-    script.wait_for("step 5")
-    os.killpg(script.process.pid, number)
-    script.wait_for_stderr(f"{number.name}: finishing the step")
-    status, out, err = script.finish()
+    with started(start, path, run_dir, workers, "hold") as running:
+        training = Training(running)
+        training.wait_for("step 5")
+        running.kill(number)
+        training.wait_for_stderr(f"{number.name}: finishing the step")
+        status, out, err = running.finish("\n")
 
     assert status == 75, err
     assert "step 6" not in out
     assert "RUNTIME_TRAINING_ABORTED" in err
     assert "Traceback" not in err, "a clean stop is no accident"
-    assert "train.py" in err.splitlines()[-1] or "train.py" in err, "the resume command is the user's own"
+    assert f"{path} {run_dir} {workers} hold" in err.splitlines()[-1], "the resume command is the user's own"
     checkpoint = CheckpointStore(run_dir / "checkpoints").load_newest(on_rejected=lambda *_: None)
     assert checkpoint is not None
     assert checkpoint.step == 5
 
-    resumed = Script(tmp_path, run_dir, workers=workers, hold=False).finish()
-    whole = Script(tmp_path, tmp_path / "whole", workers=workers, hold=False).finish()
-    assert resumed[0] == whole[0] == 0, resumed[2]
-    assert "continues after step 5" in resumed[2]
-    assert resumed[1].splitlines()[-1] == whole[1].splitlines()[-1]
+    resumed = run(interpreter.start, path, run_dir, workers, "run")
+    whole = run(interpreter.start, path, tmp_path / "whole", workers, "run")
+    assert resumed.status == whole.status == 0, resumed.err
+    assert "continues after step 5" in resumed.err
+    assert resumed.out.splitlines()[-1] == whole.out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_second_signal_stops_at_once(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    script = Script(tmp_path, tmp_path / "run")
-    script.wait_for("step 5")
-    script.process.send_signal(number)
-    script.wait_for_stderr("once more stops at once")
-    script.process.send_signal(number)
-    code, out, _ = script.finish(release=False)
-    assert code == status, "the shell sees 130 or 143"
-    assert "weights" not in out
+def test_a_second_signal_stops_at_once(
+    path: Path, tmp_path: Path, start: Start, number: signal.Signals, status: int
+) -> None:
+    with started(start, path, tmp_path / "run", 0, "hold") as running:
+        training = Training(running)
+        training.wait_for("step 5")
+        running.kill(number)
+        training.wait_for_stderr("once more stops at once")
+        running.kill(number)
+        code = running.wait()  # nobody has let the step go on
+        assert code == status, "the shell sees 130 or 143"
+        assert "weights" not in running.finish().out
 
 
 def test_off_the_main_thread_signals_are_left_alone_and_that_is_said(tmp_path: Path) -> None:
@@ -126,7 +131,8 @@ def test_off_the_main_thread_signals_are_left_alone_and_that_is_said(tmp_path: P
     loop.after_step = lambda guard: inside.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))
     thread = threading.Thread(target=loop.run)
     thread.start()
-    thread.join(30)
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
     assert loop.guard.steps_completed == 2
     assert inside == [before, before]
     assert any("not on the main thread" in e.text for e in loop.named(Notice))
