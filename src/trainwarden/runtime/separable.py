@@ -114,7 +114,7 @@ def step_counters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if parameter.grad is not None:
-                step = state[parameter].get("step")
+                step = (state.get(parameter) or {}).get("step")
                 if isinstance(step, Tensor):
                     counters[index] = step
                 break
