@@ -49,12 +49,15 @@ class TestAfterAFork:
     def test_the_child_samples_with_an_nvml_of_its_own_and_the_parent_goes_on(self, machine: StandIn) -> None:
         answer = machine.run(
             """
+            from trainwarden.device import binding
+
             s = Sampler(period_s=0.02).start()
             until(lambda: s.latest().sequence)
             read_end, write_end = os.pipe()
             child = os.fork()
             if child == 0:
-                first = s.latest()
+                with binding._lock:  # the thread that this starts comes to its NVML only afterwards
+                    first = s.latest()
                 until(lambda: s.latest().sequence >= 2)
                 reading = s.latest().readings[0]
                 os.write(write_end, json.dumps([first.sequence, reading.temperature_c]).encode())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.device.stand_in import GIB, StandIn
+from tests.device.stand_in import GIB, HOUR_MS, StandIn
 from trainwarden.device import AllocatorMemory, snapshot
 from trainwarden.errors import GPUError, GPUTemperatureError, WardenError
 from trainwarden.guards.decisions import Abort, Decision, Pause, ReleaseCache
@@ -148,29 +148,23 @@ class TestTheNineFaults:
 
             guard = HardwareGuard(HardwarePolicies(sight=SightPolicy(on_unreadable="abort", grace_s=0.5)))
             s = Sampler(period_s=0.05, deadline_s=0.5).start()
-            until(lambda: s.latest().sequence)
-            assert guard.observe(s.latest(), step=1) == []
+            healthy = until(lambda: isinstance(s.latest(), Sample) and s.latest().sequence and s.latest())
+            assert guard.observe(healthy, step=1) == []
             with open({script!r}, "a") as script:
-                script.write("sleep_ms.nvmlDeviceGetPowerUsage=30000\\n")
-            began, delays_s, found = time.monotonic(), [], []
-            while not any(isinstance(each, Abort) for _, each in found) and time.monotonic() < began + 8:
-                at = time.perf_counter()
-                decisions = guard.observe(s.latest(), step=1)
-                delays_s.append(time.perf_counter() - at)
-                found += [(time.monotonic() - began, each) for each in decisions]
-                time.sleep(0.001)
+                script.write("sleep_ms.nvmlDeviceGetPowerUsage={HOUR_MS}\\n")
+            until(lambda: getattr(s.latest(), "call", None) == "nvmlDeviceGetPowerUsage")
+            told, end = guard.observe(s.latest(), step=1), []
+            until(lambda: end.extend(guard.observe(s.latest(), step=1)) or end)
+            stalled = inside(s._worker.thread, "nvmlDeviceGetPowerUsage")
             s.close(0.05)
-            (told_s, told), (_, end) = found
-            delays_s.sort()
-            say({{"told_s": told_s, "told": str(told.event), "code": end.error.code,
-                 "usual_s": delays_s[int(len(delays_s) * 0.98)]}})
-            """,
-            timeout_s=20,
+            say({{"told": [str(each.event) for each in told], "stalled": stalled,
+                 "end": [each.error.code for each in end if isinstance(each, Abort)]}})
+            """
         )
-        assert answer["code"] == "RUNTIME_GPU_MONITORING_FAILED"
-        assert "nvmlDeviceGetPowerUsage has not returned" in answer["told"]
-        assert answer["told_s"] < 0.5 + 1.0
-        assert answer["usual_s"] < 1e-3
+        [told] = answer["told"]
+        assert "nvmlDeviceGetPowerUsage has not returned" in told
+        assert answer["end"] == ["RUNTIME_GPU_MONITORING_FAILED"]
+        assert answer["stalled"], "no boundary has waited for the driver"
 
 
 def test_an_xid_reaches_the_guard_with_its_device(machine: StandIn) -> None:
@@ -215,19 +209,16 @@ def test_the_process_that_took_the_memory_is_asked_of_the_driver_once_and_named(
 
 
 def test_processes_are_unknown_when_the_driver_takes_its_time(machine: StandIn) -> None:
-    machine.set({"sleep_ms.nvmlDeviceGetComputeRunningProcesses_v3": 30_000})
+    machine.set({"sleep_ms.nvmlDeviceGetComputeRunningProcesses_v3": HOUR_MS})
     answer = machine.run(
         """
         from trainwarden.guards.hardware import processes_of
 
         reading = snapshot().readings[0]
-        began = time.monotonic()
-        say([str(processes_of(reading)), time.monotonic() - began])
-        """,
-        timeout_s=20,
+        say(str(processes_of(reading)))
+        """
     )
-    assert answer[0] == "unknown"
-    assert answer[1] < 2.0
+    assert answer == "unknown"
 
 
 def test_on_a_machine_without_a_driver_the_unknown_is_told_once(machine: StandIn) -> None:

@@ -46,6 +46,9 @@ class _Part:
     size: Size | None = None
 
 
+_NOTHING = nullcontext()
+
+
 def _settle_alone(_recovered: bool, error: WardenError | None) -> None:
     if error is not None:
         raise error
@@ -120,6 +123,8 @@ class SplitBackward:
             SplitRefusedError: a split is needed and would change what is trained.
         """
         if self._exchange is None:
+            if not self._sharded.present:
+                return self._run_parts(compute_loss, batch, weight, None)
             with self._sharded.gradients_set_aside(self._leaves()):
                 return self._run_parts(self._sharded.from_rest(compute_loss), batch, weight, None)
         wanted = self._exchange.wanted
@@ -164,7 +169,7 @@ class SplitBackward:
             before = [] if fresh and not sending else self._gradient_marks()
             rng = start if total is None or (fresh and not sending) else capture_rng()
             self.plan.begin_attempt(part.size)
-            with sending.sending() if sending else nullcontext():
+            with sending.sending() if sending else _NOTHING:
                 loss, failure = self._attempt(compute_loss, part)
             if failure is None:
                 total = loss if total is None else _add(total, loss)
@@ -220,7 +225,10 @@ class SplitBackward:
     def _attempt(self, compute_loss: ComputeLoss, part: _Part) -> tuple[torch.Tensor | None, Shortage | None]:
         phase = "forward"
         try:
-            with torch.set_grad_enabled(part.leaves != []):  # a backward that had reached every leaf is done
+            if part.leaves == []:  # a backward that had reached every leaf is done
+                with torch.no_grad():
+                    loss = compute_loss(part.batch)
+            else:
                 loss = compute_loss(part.batch)
             _check_loss(loss)
             if part.share is not None:

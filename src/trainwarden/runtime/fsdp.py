@@ -26,6 +26,11 @@ class ShardedPasses:
         self._roots = [root for model in models for root in _outermost(model)]
 
     @property
+    def present(self) -> bool:
+        """Whether any model is sharded."""
+        return bool(self._roots)
+
+    @property
     def can_repeat(self) -> bool:
         """Whether a pass that failed can be repeated: FSDP can be brought to rest, which torch can since 2.13."""
         return all(hasattr(root, "reset_iter_state") for root in self._roots)

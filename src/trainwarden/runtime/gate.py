@@ -21,8 +21,9 @@ from torch import Tensor
 from trainwarden.guards.finite import StepFindings
 from trainwarden.runtime.optimizer_step import PHASE as STEP_PHASE
 from trainwarden.runtime.optimizer_step import OptimizerStep
-from trainwarden.runtime.phases import SWITCHED_OFF, attempt
+from trainwarden.runtime.phases import SWITCHED_OFF, once_more
 from trainwarden.runtime.sharded import group_of, local, summed
+from trainwarden.runtime.shortage import shortage_of
 
 T = TypeVar("T")
 
@@ -153,10 +154,14 @@ class OptimizerGate:
 
     def _checked(self, gradients: Sequence[Tensor], check: Callable[[], T]) -> T:
         """What ``check()`` returns; it changes nothing, so it may be done again when memory runs out."""
+        try:
+            return check()
+        except (RuntimeError, MemoryError) as error:
+            shortage = shortage_of(STEP_PHASE, error)
         refusal = None if self._recover else SWITCHED_OFF
         if group_of(gradients) is not None:
             refusal = "every rank takes part in looking at distributed gradients"
-        return attempt(STEP_PHASE, check, refusal=refusal, say=self._say, draws=False)
+        return once_more(STEP_PHASE, check, shortage, refusal=refusal, say=self._say)
 
     def _step_on_host(self, losses: Sequence[Tensor], gradients: Sequence[Tensor], kwargs: Any) -> Any:
         findings = self._checked(gradients, lambda: self._findings(losses, gradients))

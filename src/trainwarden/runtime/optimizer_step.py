@@ -45,7 +45,7 @@ from trainwarden.runtime.separable import (
     works_on_lists,
 )
 from trainwarden.runtime.sharded import is_sharded
-from trainwarden.runtime.shortage import Shortage, attempted, more_memory
+from trainwarden.runtime.shortage import Shortage, attempted, more_memory, shortage_of
 
 PHASE = "optimizer step"
 
@@ -98,9 +98,11 @@ class OptimizerStep:
             refusal = SWITCHED_OFF
         step = self._step if refusal else self._step_in_hooks
         self._torn_before, self.torn = self.torn, True
-        result, shortage = attempted(PHASE, lambda: step(*args, **kwargs))
-        if shortage is not None:
-            raise shortage.error(refusal or "in a hook of the optimizer")
+        try:
+            result = step(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            shortage = shortage_of(PHASE, error)
+            raise shortage.error(refusal or "in a hook of the optimizer") from shortage.cause
         self.torn = self._torn_before
         return result
 
@@ -112,18 +114,18 @@ class OptimizerStep:
 
     def _guarded_body(self, _optimizer: torch.optim.Optimizer, **kwargs: Any) -> Any:
         optimizer = self._optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         fresh = without_states(optimizer)
         # SGD keeps the buffers that it makes where a failure loses them. Parameter by parameter, nothing else has
         # changed by the time they are made.
         single = bool(fresh) and isinstance(optimizer, torch.optim.SGD)
         lists = any(works_on_lists(group) for group in optimizer.param_groups)
         if single or self.part_bytes is not None or (fresh and lists):
-            return self._finish(_Work(optimizer, parameters, fresh, single=single), kwargs)
+            return self._finish(_Work(optimizer, _to_update(optimizer), fresh, single=single), kwargs)
         manner = self._manner(kwargs) if lists else "counters"
         if manner == "kernels":
-            self._fused_body(parameters, kwargs)
+            self._fused_body(kwargs)
             return None
+        parameters = _to_update(optimizer)
         journal = Journal() if manner == "journal" else None
         before = {} if journal else {id(t): t._version for t in lasting_tensors(optimizer, parameters)}
         with journal or nullcontext():
@@ -138,32 +140,32 @@ class OptimizerStep:
                 raise shortage.error("parameters that share memory share the counters that tell how far it came")
         return self._finish(_Work(optimizer, parameters, fresh, applied), kwargs, shortage)
 
-    def _fused_body(self, parameters: list[Tensor], kwargs: Mapping[str, Any]) -> None:
+    def _fused_body(self, kwargs: Mapping[str, Any]) -> None:
         """A step of one kernel a group, taken group by group, so that it is known which kernels have run.
 
         Before a kernel its group's step counters are raised, and nothing after it allocates: a group that fails with
         raised counters lacks its kernel alone.
         """
-        optimizer, work = self._optimizer, _Work(self._optimizer, parameters, [])
+        optimizer = self._optimizer
         groups, counters = optimizer.param_groups, step_counters(optimizer)
-        shortage: Shortage | None = None
+        index, before = 0, 0
         try:
             for index, group in enumerate(groups):
                 optimizer.param_groups = [group]
                 before = counters[index]._version if index in counters else 0
-                shortage = attempted(PHASE, lambda: self._body(optimizer, **kwargs))[1]
-                if shortage is None:
-                    continue
-                for finished in groups[:index]:
-                    work.done(finished["params"])
-                if index in counters and counters[index]._version > before:
-                    held = [p for p in group["params"] if p.grad is not None]
-                    work.applied.update({id(optimizer.state[p]["step"]): 1 for p in held})
-                break
+                self._body(optimizer, **kwargs)
+            return
+        except (RuntimeError, MemoryError) as error:
+            shortage = shortage_of(PHASE, error)
         finally:
             optimizer.param_groups = groups
-        if shortage is not None:
-            self._finish(work, kwargs, shortage)
+        work = _Work(optimizer, _to_update(optimizer), [])
+        for finished in groups[:index]:
+            work.done(finished["params"])
+        if index in counters and counters[index]._version > before:
+            held = [p for p in groups[index]["params"] if p.grad is not None]
+            work.applied.update({id(optimizer.state[p]["step"]): 1 for p in held})
+        self._finish(work, kwargs, shortage)
 
     def _manner(self, kwargs: Mapping[str, Any]) -> Manner:
         """What tells how far a step on lists came: cheapest first."""
@@ -279,6 +281,10 @@ class _Work:
             tensors = (parameter, *state_tensors(state, parameter))
             if not any(self.applied.get(id(tensor)) for tensor in tensors):
                 state.pop(parameter, None)
+
+
+def _to_update(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

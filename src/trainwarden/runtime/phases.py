@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from trainwarden.checkpoint.rng import capture_rng, restore_rng
 from trainwarden.runtime.release import release_memory
 from trainwarden.runtime.sharded import is_sharded
-from trainwarden.runtime.shortage import attempted, more_memory
+from trainwarden.runtime.shortage import Shortage, attempted, more_memory
 
 CLIPPING = "gradient clipping"
 CHECKPOINT = "checkpoint"
@@ -34,15 +34,32 @@ def attempt(
     state = capture_rng() if draws and refusal is None else {}
     result, shortage = attempted(phase, task)
     if shortage is not None:
-        if refusal is not None:
-            raise shortage.error(refusal)
-        release_memory()
-        if state:
-            restore_rng(state)
-        say(f"out of memory in {phase}: {shortage.memory.text}; memory is released and it is tried once more")
-        result, shortage = attempted(phase, task)
-        if shortage is not None:
-            raise shortage.error("again after memory was released", would_fit=more_memory(shortage))
+        return once_more(phase, task, shortage, refusal=refusal, say=say, state=state)
+    return result  # type: ignore[return-value]  # without a shortage it is what the task returned, None included
+
+
+def once_more(
+    phase: str,
+    task: Callable[[], T],
+    shortage: Shortage,
+    *,
+    refusal: str | None,
+    say: Callable[[str], None],
+    state: dict[str, Any] | None = None,
+) -> T:
+    """What ``task()`` returns, run after the first attempt's memory was released and the random ``state`` put back.
+
+    Raises `GPUMemoryError` when memory runs out again, or at once with a ``refusal``.
+    """
+    if refusal is not None:
+        raise shortage.error(refusal)
+    release_memory()
+    if state:
+        restore_rng(state)
+    say(f"out of memory in {phase}: {shortage.memory.text}; memory is released and it is tried once more")
+    result, again = attempted(phase, task)
+    if again is not None:
+        raise again.error("again after memory was released", would_fit=more_memory(again))
     return result  # type: ignore[return-value]  # without a shortage it is what the task returned, None included
 
 

@@ -82,9 +82,14 @@ def attempted(phase: str, task: Callable[[], T]) -> tuple[T | None, Shortage | N
     try:
         return task(), None
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None, Shortage.of(phase, error)
+        return None, shortage_of(phase, error)
+
+
+def shortage_of(phase: str, error: RuntimeError | MemoryError) -> Shortage:
+    """What is left of an out-of-memory error. Any other is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    return Shortage.of(phase, error)
 
 
 def foreign_process(devices: Sequence[Any], index: int, own_pid: int) -> GpuProcess | None:
