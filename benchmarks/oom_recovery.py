@@ -17,7 +17,7 @@ For the Guard, which does not start over, both are the same.
 "Trained" rows are those of completed optimizer steps; "run" rows are all that entered a training forward pass, the
 failed ones included; rows of forward passes without gradients (the Guard's one check that the loss can be split) are in
 the JSON as ``checked``. "Control" is the distance of the same contestant without the fault: that it is zero shows that
-all train the same thing.
+all train the same thing. "Time lost" is wall time beyond the same contestant's without the fault, imports done before.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -290,6 +291,7 @@ class Outcome:
     final_lr: float
     distance: float
     control_distance: float
+    lost_s: float
     announced: list[str]
     learning_rates: list[float]
     trained_after_step: list[int]
@@ -299,25 +301,40 @@ def compare(seed: int, faults: Sequence[Fault] = ("attempt", "process")) -> list
     """The undisturbed run, then every contestant without and with each of the faults."""
     reference = Record(seed, "none")
     reference_weights = weights_of(plain_loop(reference))
-    outcomes = [_outcome("undisturbed", reference, reference, 0.0, 0.0, [])]
+    outcomes = [_outcome("undisturbed", reference, reference, Run(reference_weights, [], 0.0), 0.0, 0.0, 0.0)]
     for name, contestant in CONTESTANTS.items():
-        control, _ = _run(contestant, Record(seed, "none"))
-        control_distance = distance(control, reference_weights)
+        control = _run(contestant, Record(seed, "none"))
+        control_distance = distance(control.weights, reference_weights)
+        control_s = _run(contestant, Record(seed, "none")).wall_s  # the first has imported what it needs
         for fault in faults:
             record = Record(seed, fault)
-            final, said = _run(contestant, record)
-            far = distance(final, reference_weights)
-            outcomes.append(_outcome(name, record, reference, far, control_distance, said))
+            run = _run(contestant, record)
+            far = distance(run.weights, reference_weights)
+            outcomes.append(_outcome(name, record, reference, run, far, control_distance, run.wall_s - control_s))
     return outcomes
 
 
-def _run(contestant: Contestant, record: Record) -> tuple[torch.Tensor, list[str]]:
+@dataclass(frozen=True)
+class Run:
+    """Final weights, the lines that mention memory, batch or retry, and the wall time of one contestant's run."""
+
+    weights: torch.Tensor
+    said: list[str]
+    wall_s: float
+
+
+def _run(contestant: Contestant, record: Record) -> Run:
+    began_s = time.perf_counter()
     with captured_output() as lines:
         model = contestant(record)
-    return weights_of(model), [line for line in lines if re.search(r"memory|batch|retry", line, re.IGNORECASE)]
+    wall_s = time.perf_counter() - began_s
+    said = [line for line in lines if re.search(r"memory|batch|retry", line, re.IGNORECASE)]
+    return Run(weights_of(model), said, wall_s)
 
 
-def _outcome(name: str, record: Record, reference: Record, far: float, control: float, said: list[str]) -> Outcome:
+def _outcome(
+    name: str, record: Record, reference: Record, run: Run, far: float, control: float, lost_s: float
+) -> Outcome:
     rates = record.learning_rates
     return Outcome(
         contestant=name,
@@ -333,7 +350,8 @@ def _outcome(name: str, record: Record, reference: Record, far: float, control: 
         final_lr=rates[-1],
         distance=far,
         control_distance=control,
-        announced=said,
+        lost_s=lost_s,
+        announced=run.said,
         learning_rates=rates,
         trained_after_step=record.trained_after_step,
     )
@@ -379,7 +397,7 @@ def _flush() -> None:
 
 COLUMNS = (
     "contestant", "rows run", "rows trained", "attempts", "last batch", "optimizer steps",
-    "LR schedule", "last LR", "distance", "control", "announced",
+    "LR schedule", "last LR", "distance", "control", "time lost", "announced",
 )  # fmt: skip
 
 
@@ -400,6 +418,7 @@ def _row(outcome: Outcome) -> list[str]:
         f"{outcome.final_lr:.0e}" if outcome.final_lr else "**0**",
         f"{outcome.distance:.1e}",
         f"{outcome.control_distance:.1e}",
+        "–" if outcome.fault == "none" else f"{outcome.lost_s * 1e3:.0f} ms",
         "–" if outcome.fault == "none" else "yes" if outcome.announced else "**silent**",
     ]
 
