@@ -145,3 +145,28 @@ def test_a_capture_of_numpy_is_the_present_state_whatever_was_drawn_since_the_la
         assert captured["gauss"] == truth["gauss"]
         assert captured["state"]["pos"] == truth["state"]["pos"]
         assert (captured["state"]["key"] == truth["state"]["key"]).all()
+
+
+@given(
+    draws=st.lists(st.sampled_from(["none", "random", "gauss", "sample", "seed", "keep", "restore"]), max_size=30),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_capture_of_python_is_the_present_state_whatever_was_drawn_since_the_last(
+    draws: list[str], seed: int
+) -> None:
+    random.seed(seed)
+    earlier = capture_rng()
+    for draw in draws:
+        if draw == "random":
+            random.random()
+        elif draw == "gauss":
+            random.gauss(0, 1)
+        elif draw == "sample":
+            random.sample(range(50), 5)
+        elif draw == "seed":
+            random.seed(seed)
+        elif draw == "keep":
+            earlier = capture_rng()
+        elif draw == "restore":
+            restore_rng(earlier)
+        assert capture_rng()["python"] == random.getstate()

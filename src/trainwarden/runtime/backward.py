@@ -207,7 +207,7 @@ class SplitBackward:
         may_grow = self.plan.shrinks_this_step == 0 and self.policy.may_shrink(2, 0)
         choice = self.plan.choose(size, may_grow=may_grow)
         whole = _Part(batch, size=size)
-        if not self._too_large(whole):
+        if size is None or choice.rows is None or size.rows <= choice.rows:
             return deque([whole])
         if self.plan.has_failed:
             return self._cut(compute_loss, whole, weight, None)
@@ -215,7 +215,7 @@ class SplitBackward:
             parts = self._cut(compute_loss, whole, weight, None)
         except SplitRefusedError:  # nothing has failed yet, and a prediction is no need
             return deque([whole])
-        if not self._foretold and size is not None and choice.rows is not None:
+        if not self._foretold:
             self._foretold = True
             self._on_shrink(size.rows, choice.rows, choice.reason)
         return parts

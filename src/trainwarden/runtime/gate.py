@@ -240,19 +240,20 @@ def _values(gradient: Tensor) -> Tensor:
 
 def _looks_finite(gradients: Sequence[Tensor], losses: Sequence[Tensor]) -> bool:
     """False when anything may be non-finite, on any rank. One reduction at memory bandwidth and one value read."""
-    dense = [_values(gradient) for gradient in gradients]
-    kinds = {(gradient.dtype, gradient.device) for gradient in dense}
+    plain = all(type(gradient) is Tensor for gradient in gradients)
+    dense = [g if plain and not g.is_sparse else _values(g) for g in gradients]
     # In float32, since a half-precision norm overflows above 65,504; wider gradients keep their own type.
-    wide = any(dtype.itemsize > 4 or dtype.is_complex for dtype, _ in kinds)
+    wide = any(dtype.itemsize > 4 or dtype.is_complex for dtype in {gradient.dtype for gradient in dense})
     norms = list(torch._foreach_norm(dense, 2, None if wide else torch.float32)) if dense else []
     # NaN and infinity survive addition; a sum that overflows only leads to the exact pass.
-    if len(norms) <= _FEW and all(scalar.device.type == "cpu" for scalar in (*norms, *losses)):
+    if len(norms) <= _FEW and all(scalar.is_cpu for scalar in (*norms, *losses)):
         total = sum([scalar.item() for scalar in (*norms, *losses)])
     else:
         first = norms[0] if norms else losses[0]
-        if len(kinds) > 1:
-            norms = [norm.to(first) for norm in norms]
+        norms = [norm.to(first) for norm in norms]
         total = float(torch.stack([*norms, *(loss.to(first).reshape(()) for loss in losses)]).sum())
+    if plain:
+        return math.isfinite(total)
     group = group_of(gradients)
     if group is not None:
         total = float(summed(torch.tensor(total, dtype=torch.float64), group))

@@ -59,6 +59,7 @@ class MicroBatchPlan:
         self._line: MemoryLine | None = None
         self._told_rows: int | None = None
         self._step_closed = False
+        self._newest_fit: tuple[Size | None, Bounds] = None, self.bounds
         self._observing = False
         self._released_at: int | None = None
         self._batches = 0
@@ -101,7 +102,7 @@ class MicroBatchPlan:
         self._batches += 1
         self._quiet_batches += 1
         self._regrowing = False
-        if size is None or not (self.has_failed or self._line):
+        if size is None or not (self.bounds.fails or self._line or self._told_rows):
             self.choice = _WHOLE
             return _WHOLE
         self._take_told(size)
@@ -142,8 +143,10 @@ class MicroBatchPlan:
 
     def begin_attempt(self, size: Size | None) -> None:
         """A micro-batch is about to run."""
-        self._observing = size is not None and self.meter is not None and self._is_instructive(size)
-        if self._observing and self.meter is not None:
+        if self.meter is None or size is None:
+            return
+        self._observing = self._is_instructive(size)
+        if self._observing:
             self.meter.begin()
 
     def note_fit(self, size: Size | None) -> int | None:
@@ -152,7 +155,10 @@ class MicroBatchPlan:
             return None
         if self._observing:
             self._observe(size)
+        if size == self._newest_fit[0] and self.bounds is self._newest_fit[1]:
+            return None
         fitting = self.bounds.fitting_tokens(size.length)
+        self._newest_fit = size, self.bounds
         if size.tokens <= fitting:
             return None
         before = self.bounds
