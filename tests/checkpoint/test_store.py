@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import threading
 from itertools import count
 from pathlib import Path
@@ -430,6 +431,28 @@ def test_a_reader_beside_a_writer_always_gets_a_whole_checkpoint(tmp_path: Path)
     assert failures == []
     assert steps == sorted(steps)
     assert len(set(steps)) > 3
+
+
+def test_a_checkpoint_that_goes_while_it_is_asked_why_it_did_not_load_is_not_a_bad_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1)
+    saved(tmp_path, 2)
+    (tmp_path / "step-00000002" / "manifest.json").write_text("{")
+    real, listed = Path.iterdir, []
+
+    def gone_the_second_time(path: Path) -> Any:
+        if path.name == "step-00000002":
+            listed.append(path)
+            if len(listed) == 2:
+                shutil.rmtree(path)
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", gone_the_second_time)
+    checkpoint = newest(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+    assert len(listed) >= 2
 
 
 @pytest.mark.parametrize("position", range(1, 9))

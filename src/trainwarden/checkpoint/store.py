@@ -147,7 +147,7 @@ class CheckpointStore:
             except (CheckpointError, CheckpointNotFoundError) as error:
                 # A save may have removed it while it was read: then it is no checkpoint now, and not a bad
                 # one either.
-                if path not in rejected and path.is_dir() and layout.is_checkpoint(path):
+                if path not in rejected and _is_there(path):
                     rejected[path] = str(error.details.get("problem", error.message))
                     on_rejected(path, rejected[path])
         return None
@@ -235,6 +235,16 @@ def _load_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         problem = error.strerror or str(error)
         raise CheckpointError(operation="load", path=path, problem=problem) from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a checkpoint is at ``path``, readable or not; one may be removed at any moment."""
+    try:
+        return layout.is_checkpoint(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _signature(path: Path) -> Signature:
