@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from trainwarden import Guard
 from trainwarden.events import Event, MicroBatchShrunk, StepSkipped
+from trainwarden.runtime.exchange import GradientExchange
 from trainwarden.testing import FailingAllocation, out_of_memory_error
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -59,7 +60,8 @@ class Plan:
     kill: tuple[int, int] | None = None
     guarded: bool = True
     guard_options: dict[str, Any] = field(default_factory=dict)
-    bucket_bytes: int | None = 400
+    bucket_bytes: int = 400
+    """Small ones, so that some are on their way when memory runs out in the middle of a backward pass."""
     unused: bool = False
     normalised: bool = False
     scheduled: bool = True
@@ -109,6 +111,7 @@ class _FailInBackward(torch.autograd.Function):
 
 def train(rank: int, plan: Plan) -> Outcome:
     """The loop of a user of DDP."""
+    GradientExchange.__init__.__defaults__ = (plan.bucket_bytes,)  # type: ignore[misc]
     model = Blocks(plan.unused, plan.normalised)
     ddp = DistributedDataParallel(model, find_unused_parameters=plan.unused)
     optimizer = OPTIMIZERS[plan.optimizer](ddp.parameters())
