@@ -40,7 +40,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trainwarden import Guard
-from trainwarden.events import Event
 
 LIMIT_US = 100.0
 BARE, CLIP, GUARD = "bare", "bare + clip_grad_norm_", "trainwarden Guard"
@@ -237,18 +236,12 @@ def guarded(loader: Loader, model: nn.Module) -> None:
         return loss
 
     with tempfile.TemporaryDirectory() as directory:
-        guard = Guard(Path(directory) / "run", checkpoint_every_s=None, observers=[_say_warnings])
+        guard = Guard(Path(directory) / "run")
         with guard.watch(model=model, optimizer=optimizer):
             for batch in guard.batches(loader, max_steps=10**6):
                 guard.backward(compute_loss, batch)
                 optimizer.step()
                 optimizer.zero_grad()
-
-
-def _say_warnings(event: Event) -> None:
-    """As quick as the default observer, without its notice that a thread does not receive signals."""
-    if event.level in ("warning", "error"):
-        print(event, file=sys.stderr)
 
 
 def transformers_loop(loader: Loader, model: nn.Module) -> None:

@@ -8,7 +8,6 @@ generator that was never loaded was never drawn from.
 from __future__ import annotations
 
 import ctypes
-import functools
 import random
 import struct
 import sys
@@ -23,7 +22,7 @@ def capture_rng(*, reuse_numpy: bool = False) -> dict[str, Any]:
     numpy is left out if `numpy.random` was never imported, CUDA if it is not initialised. The result is an
     independent copy and can be stored in a checkpoint.
     """
-    state: dict[str, Any] = {"python": _capture_python(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {"python": _capture_python(), "torch": torch.default_generator.get_state()}
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         state["numpy"] = _capture_numpy(numpy_random) if reuse_numpy else numpy_random.get_state(legacy=False)
@@ -32,8 +31,27 @@ def capture_rng(*, reuse_numpy: bool = False) -> dict[str, Any]:
     return state
 
 
+_WITNESS_BYTES = 64
+"""How much of a Mersenne twister is compared to tell whether it was drawn from: its index and 15 of its 624 words.
+
+A draw moves the index; when that is back where it was, every word has been made anew, and the chance that 15 of them
+are the same is 2⁻⁴⁸⁰.
+"""
+
+
+class _Witness:
+    """A view of that part of ``generator``, which it keeps alive; ``words`` is ``None`` where it cannot be seen.
+
+    A view, since a call through `ctypes` costs a step ten times as much.
+    """
+
+    def __init__(self, generator: Any, address: int | None) -> None:
+        self.generator = generator
+        self.words = None if address is None else memoryview((ctypes.c_uint8 * _WITNESS_BYTES).from_address(address))
+
+
 _PYTHON_HEAD_BYTES = object.__basicsize__  # of the C object, before its index (int) and words (uint32)
-_PYTHON_STATE_BYTES = 4 + 624 * 4
+_python_witness = _Witness(None, None)
 _last_python: tuple[bytes, Any, Any] | None = None
 
 
@@ -42,18 +60,20 @@ def _capture_python() -> Any:
 
     The words are compared where the generator keeps them, if it is seen to keep them there.
     """
-    global _last_python
+    global _last_python, _python_witness
     generator: Any = random._inst  # the one behind the functions of the module
-    if type(generator) is not random.Random or not _words_are_visible():
+    if _python_witness.generator is not generator:
+        visible = type(generator) is random.Random and _words_are_visible()
+        _python_witness = _Witness(generator, id(generator) + _PYTHON_HEAD_BYTES if visible else None)
+    if _python_witness.words is None:
         return random.getstate()
-    words = ctypes.string_at(id(generator) + _PYTHON_HEAD_BYTES, _PYTHON_STATE_BYTES)
-    kept_back = vars(generator)["gauss_next"]  # a deviate that needs no new words
+    words = _python_witness.words.tobytes()
+    kept_back = generator.gauss_next  # a deviate that needs no new words
     if _last_python is None or _last_python[0] != words or _last_python[1] != kept_back:
         _last_python = words, kept_back, random.getstate()
     return _last_python[2]
 
 
-@functools.cache
 def _words_are_visible() -> bool:
     """Whether this Python lays its generator out as CPython does."""
     if sys.implementation.name != "cpython":
@@ -61,11 +81,12 @@ def _words_are_visible() -> bool:
     probe = random.Random(1)
     probe.random()
     _, words, _ = probe.getstate()
-    index, *found = struct.unpack("=i624I", ctypes.string_at(id(probe) + _PYTHON_HEAD_BYTES, _PYTHON_STATE_BYTES))
+    index, *found = struct.unpack("=i624I", ctypes.string_at(id(probe) + _PYTHON_HEAD_BYTES, 4 + 624 * 4))
     return (*found, index) == tuple(words)
 
 
 _MT19937_STATE_BYTES = 624 * 4 + 4  # its words and the position in them
+_numpy_witness = _Witness(None, None)
 _last_numpy: tuple[bytes, dict[str, Any]] | None = None
 
 
@@ -75,12 +96,16 @@ def _capture_numpy(numpy_random: Any) -> dict[str, Any]:
     What it cannot see: a generator that is set back (seeded, or `numpy.random.set_state`) between two captures and then
     comes to the very words of the first with a kept-back deviate that was not there then.
     """
-    global _last_numpy
+    global _last_numpy, _numpy_witness
     generator = numpy_random.get_bit_generator()
-    if type(generator).__name__ != "MT19937":
+    if _numpy_witness.generator is not generator:
+        end = generator.ctypes.state_address + _MT19937_STATE_BYTES
+        twister = type(generator).__name__ == "MT19937"
+        _numpy_witness, _last_numpy = _Witness(generator, end - _WITNESS_BYTES if twister else None), None
+    if _numpy_witness.words is None:
         found: dict[str, Any] = numpy_random.get_state(legacy=False)
         return found
-    words = ctypes.string_at(generator.ctypes.state_address, _MT19937_STATE_BYTES)
+    words = _numpy_witness.words.tobytes()
     if _last_numpy is None or _last_numpy[0] != words:
         found = numpy_random.get_state(legacy=False)
         # A normal deviate kept back for the next call can be drawn without the words changing.

@@ -33,7 +33,7 @@ from trainwarden.runtime.shortage import Shortage, more_memory
 ComputeLoss = Callable[[Any], torch.Tensor]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Part:
     """A micro-batch still to be done. ``share``: its weight in the batch's mean, ``None`` for the whole batch as it is.
 
@@ -75,7 +75,7 @@ class SplitBackward:
         plan: MicroBatchPlan,
         *,
         models: Sequence[nn.Module],
-        leaves: Callable[[], Iterable[torch.Tensor]],
+        leaves: Callable[[], Sequence[torch.Tensor]],
         scale: Callable[[torch.Tensor], torch.Tensor],
         split: splitting.Split | None,
         verify: bool,
@@ -88,6 +88,7 @@ class SplitBackward:
         lockstep: Callable[[int], int] | None = None,
     ) -> None:
         self.policy = policy
+        self._may_grow = policy.may_shrink(2, 0)  # a larger size that fails can be recovered
         self._sharded = ShardedPasses(models)
         self._lockstep = lockstep if self._sharded.can_repeat else lockstep or (lambda parts: parts)
         self.plan = plan
@@ -156,7 +157,11 @@ class SplitBackward:
         weight: splitting.Weight | None,
         exchange: GradientExchange | None,
     ) -> torch.Tensor:
-        fresh = all(leaf.grad is None for leaf in self._leaves())
+        fresh = True
+        for leaf in self._leaves():
+            if leaf.grad is not None:
+                fresh = False
+                break
         start = capture_rng(reuse_numpy=True) if self.policy.enabled else {}
         parts = self._first_parts(compute_loss, batch, weight)
         if self._lockstep is not None:
@@ -204,11 +209,10 @@ class SplitBackward:
             if parts is not None:
                 return parts
         size = self._size(batch)
-        may_grow = self.plan.shrinks_this_step == 0 and self.policy.may_shrink(2, 0)
-        choice = self.plan.choose(size, may_grow=may_grow)
-        whole = _Part(batch, size=size)
-        if size is None or choice.rows is None or size.rows <= choice.rows:
-            return deque([whole])
+        whole = _Part(batch, None, None, size)
+        choice = self.plan.choose(size, may_grow=self._may_grow and self.plan.shrinks_this_step == 0)
+        if choice.rows is None or size is None or size.rows <= choice.rows:
+            return deque((whole,))
         if self.plan.has_failed:
             return self._cut(compute_loss, whole, weight, None)
         try:

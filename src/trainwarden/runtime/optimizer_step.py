@@ -76,7 +76,8 @@ class OptimizerStep:
         """Bytes of parameters that are updated at a time since a whole step did not fit; ``None``: all."""
         self._torn_before = False
         self._composition: list[Any] = []
-        self._found_manner: Manner = "journal"
+        self._lists = False
+        self._found_manner: Manner | None = None
         self._optimizer = optimizer
         self._step = step
         self._recover = recover
@@ -118,7 +119,7 @@ class OptimizerStep:
         # SGD keeps the buffers that it makes where a failure loses them. Parameter by parameter, nothing else has
         # changed by the time they are made.
         single = bool(fresh) and isinstance(optimizer, torch.optim.SGD)
-        lists = any(works_on_lists(group) for group in optimizer.param_groups)
+        lists = self._works_on_lists()
         if single or self.part_bytes is not None or (fresh and lists):
             return self._finish(_Work(optimizer, _to_update(optimizer), fresh, single=single), kwargs)
         manner = self._manner(kwargs) if lists else "counters"
@@ -167,15 +168,20 @@ class OptimizerStep:
             work.applied.update({id(optimizer.state[p]["step"]): 1 for p in held})
         self._finish(work, kwargs, shortage)
 
+    def _works_on_lists(self) -> bool:
+        groups = self._optimizer.param_groups
+        composition = [(group.get("fused"), group.get("foreach"), len(group["params"])) for group in groups]
+        if composition != self._composition:
+            self._composition, self._found_manner = composition, None
+            self._lists = any(works_on_lists(group) for group in groups)
+        return self._lists
+
     def _manner(self, kwargs: Mapping[str, Any]) -> Manner:
         """What tells how far a step on lists came: cheapest first."""
         if _get_current_dispatch_mode() is not None:  # under one, lists that are worked on one by one count nothing
             return "journal"
-        groups = self._optimizer.param_groups
-        composition = [(group.get("fused"), group.get("foreach"), len(group["params"])) for group in groups]
-        if composition != self._composition:
+        if self._found_manner is None:
             self._found_manner = self._find_manner(kwargs)
-            self._composition = composition
         return self._found_manner
 
     def _find_manner(self, kwargs: Mapping[str, Any]) -> Manner:

@@ -67,6 +67,11 @@ def body_of(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
 def without_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The parameters that this step will make states for."""
     state, plain_sgd = optimizer.state, isinstance(optimizer, torch.optim.SGD)
+    for group in optimizer.param_groups:
+        if not all(map(state.get, group["params"])):
+            break
+    else:
+        return []  # every step but the first: on the step path
     return [
         parameter
         for group in optimizer.param_groups

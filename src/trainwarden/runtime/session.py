@@ -52,6 +52,7 @@ from trainwarden.runtime.watched import GUARD_PART, Watched
 Resume = Literal["auto", "never", "must"]
 Ending = Literal["finished", "stopped", "failed"]
 
+_NOTHING = Wish.NOTHING  # asking an enumeration for its member takes time, and this is asked every step
 MAX_BATCHES_WITHOUT_STEP = 10_000
 """More batches than any accumulation window: the loop steps an optimizer that the guard does not watch."""
 
@@ -390,7 +391,7 @@ class Session:
 
     def _wishes(self, step: int) -> Wish:
         """What this rank wants done after ``step``."""
-        wishes = Wish.NOTHING
+        wishes = _NOTHING
         if self.stop.reason:
             wishes |= Wish.STOP
         if self.keeper.due_by_time(step):

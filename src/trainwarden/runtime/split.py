@@ -37,23 +37,25 @@ def size(batch: Any) -> Size | None:
 
     Padding is counted. Reads shapes only: nothing waits for the device.
     """
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    ids = batch.get("input_ids") if _is_mapping(batch) else None
     left = [ids if isinstance(ids, torch.Tensor) else batch]
     largest: torch.Tensor | None = None
+    most = -1
     while left:  # on the step path: no generators, no names
         value = left.pop()
         if isinstance(value, torch.Tensor):
-            if value.ndim and (largest is None or value.numel() > largest.numel()):
-                largest = value
-        elif isinstance(value, Mapping):
+            if value.ndim and (elements := value.numel()) > most:
+                largest, most = value, elements
+        elif _is_mapping(value):
             left.extend(value.values())
         elif _is_sequence(value):
             left.extend(value)
         else:
             left.extend(child for _, child in _children(value))
-    if largest is None or not largest.numel():
+    if largest is None or not most:
         return None
-    return Size(largest.shape[0], largest.numel() // largest.shape[0])
+    rows = largest.shape[0]
+    return Size(rows, most // rows)
 
 
 def split_rows(batch: Any, sizes: Sequence[int]) -> list[Any]:
@@ -100,6 +102,10 @@ def _labels(batch: Any) -> torch.Tensor:
             "target_tokens needs a mapping with a tensor under 'labels' or a tuple that ends with the labels"
         )
     return labels
+
+
+def _is_mapping(value: Any) -> bool:
+    return type(value) is dict or isinstance(value, Mapping)  # asking an abstract class is slow
 
 
 def _is_sequence(value: Any) -> bool:

@@ -98,8 +98,8 @@ class StepWatch:
         if self._scaler_findings:
             found += self._scaler_findings
             self._scaler_findings = []
-        if len(found) < 2:
-            return [(step, self._with_scale(findings)) for step, findings in found]
+        if len(found) == 1 and found[0][1].what is None:
+            return found
         merged: dict[int, StepFindings] = {}
         for step, findings in found:
             earlier = merged.get(step, StepFindings())

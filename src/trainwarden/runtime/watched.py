@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainwarden.errors import CheckpointError, InvalidSettingError
-from trainwarden.runtime.gate import parameters_of, unwrapped
+from trainwarden.runtime.gate import unwrapped
 from trainwarden.runtime.sharded import (
     load_model_state,
     load_optimizer_state,
@@ -68,12 +68,15 @@ class Watched:
             _require(bool(free), name, one, "a free name of letters, digits, '_', '-' and '.'")
         return cls(models, optimizers, rest, scaler, save_frozen)
 
-    def leaves(self) -> Iterator[torch.Tensor]:
+    def leaves(self) -> list[torch.Tensor]:
         """The parameters that the optimizers update, as they are now: groups may change during a run."""
-        for optimizer in self.optimizers.values():
-            for parameter in parameters_of(optimizer):
-                if parameter.requires_grad:
-                    yield parameter
+        return [
+            parameter
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
 
     def state(self) -> dict[str, Any]:
         """The state of each object, by part. Tensors are those in use, not copies.
