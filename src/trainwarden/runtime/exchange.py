@@ -35,7 +35,8 @@ class _Bucket:
     missing: int = 0
     """How many gradients are not complete yet."""
     flat: Tensor | None = None
-    """The gradients one after the other, then one element a parameter: how many ranks have a gradient for it."""
+    """The gradients one after the other, divided by the number of ranks; then one element a parameter: the share of
+    ranks that have a gradient for it."""
     work: Any = None
 
 
@@ -158,7 +159,7 @@ class GradientExchange:
             self._send(self._buckets[self._sent])
 
     def _send(self, bucket: _Bucket) -> None:
-        bucket.flat = _flattened(bucket.parameters)
+        bucket.flat = _flattened(bucket.parameters, 1.0 / self._world_size)
         with _reachable("gradient exchange"):
             bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
         self._sent += 1
@@ -167,7 +168,6 @@ class GradientExchange:
         assert bucket.flat is not None
         count = len(bucket.parameters)
         values, holders = bucket.flat[:-count], bucket.flat[-count:]
-        values.mul_(1.0 / self._world_size)
         views = torch.split(values, [p.numel() for p in bucket.parameters])
         means = [view.view_as(p) for view, p in zip(views, bucket.parameters, strict=True)]
         here = [(p.grad, mean) for p, mean in zip(bucket.parameters, means, strict=True) if p.grad is not None]
@@ -208,20 +208,22 @@ def _buckets(models: Sequence[nn.Module], bucket_bytes: int) -> Iterator[_Bucket
         yield bucket
 
 
-def _flattened(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _flattened(parameters: Sequence[nn.Parameter], share: float) -> Tensor:
+    """What a bucket sends: scaled before the sum, as DDP does, so that a sum in half precision does not overflow."""
     gradients = [p.grad for p in parameters]
     if any(gradient is not None and gradient.is_sparse for gradient in gradients):
         expected = "dense gradients: sparse ones cannot be averaged over ranks by the guard"
         raise InvalidSettingError(setting="watch(model=)", value="a sparse gradient", expected=expected)
-    holders = parameters[0].new_ones(len(gradients))
-    for index, gradient in enumerate(gradients):
+    flat = parameters[0].new_empty(sum(p.numel() for p in parameters) + len(parameters))
+    places = torch.split(flat, [*(p.numel() for p in parameters), len(parameters)])
+    holders = [0.0 if gradient is None else share for gradient in gradients]
+    places[-1].copy_(torch.tensor(holders))
+    for parameter, gradient, place in zip(parameters, gradients, places, strict=False):
         if gradient is None:
-            holders[index] = 0.0
-    parts = [
-        (p.new_zeros(p.numel()) if gradient is None else gradient.reshape(-1))
-        for p, gradient in zip(parameters, gradients, strict=True)
-    ]
-    return torch.cat([*parts, holders])
+            place.zero_()
+        else:
+            torch.mul(gradient, share, out=place.view_as(parameter))
+    return flat
 
 
 @contextmanager
