@@ -248,6 +248,19 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
     assert answer.stderr == ""
 
 
+def test_a_reader_that_goes_away_changes_no_exit_status() -> None:
+    """A refusal must not pass for success in ``warden preflight … | head`` under ``set -o pipefail``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "trainwarden.cli.main", "runs", "show", "no-such-run", "--output-format", "json"]
+    try:
+        answer = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert answer.returncode == 66
+    assert "BrokenPipe" not in answer.stderr
+
+
 @pytest.fixture
 def own_run(work: Path) -> str:
     """A run of a script of the user's own, as `Guard` leaves it."""

@@ -80,6 +80,18 @@ def test_a_pass_that_ended_inside_a_block_is_done_again_in_parts(tmp_path: Path,
     assert float((split - whole).norm() / whole.norm()) < 1e-6
 
 
+def test_a_pass_that_ends_in_an_error_leaves_the_gradients_of_the_passes_before_it() -> None:
+    model = model_in_pieces()
+    parameter = next(iter(model.parameters()))
+    before = parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(KeyError), ShardedPasses([model]).gradients_set_aside(model.parameters()):
+        assert parameter.grad is None
+        parameter.grad = torch.full_like(parameter, torch.nan)
+        raise KeyError
+    assert parameter.grad is before
+    assert torch.equal(local(before), torch.ones_like(local(before)))
+
+
 def test_sharded_modules_are_found_inside_others(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", 0)
     split = train(tmp_path / "split", 1, wrap=nn.Sequential)

@@ -186,6 +186,23 @@ def test_a_model_of_another_shape_is_refused_by_its_parameter(tmp_path: Path) ->
     }
 
 
+def test_what_was_watched_and_is_no_longer_is_refused_by_its_name(tmp_path: Path) -> None:
+    first, second = nn.Linear(6, 1), nn.Linear(6, 1)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=1e-2)
+
+    def run(**models: nn.Module) -> None:
+        guard = Guard(tmp_path, observers=[])
+        with guard.watch(model=models, optimizer=optimizer):
+            for batch in guard.batches([torch.ones(4, 6)], max_steps=1):
+                guard.backward(lambda b: (first(b) + second(b)).square().mean(), batch)
+                optimizer.step()
+
+    run(first=first, second=second)
+    with pytest.raises(ResumeMismatchError) as caught:
+        run(first=first)
+    assert set(caught.value.details["differences"]) == {"model.second.weight", "model.second.bias"}
+
+
 @pytest.mark.parametrize("accepted", [["max_steps"], ["loader", "max_steps"]])
 def test_a_change_that_is_meant_is_accepted_by_name(tmp_path: Path, accepted: list[str]) -> None:
     Loop(tmp_path).run()

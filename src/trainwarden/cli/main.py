@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -27,20 +27,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output.wanted(words)
     profile = None
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A path or a sign that the terminal's encoding does not have must not end a command.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _outlet(sys.stdout)
     try:
         profile = resolve_profile(output.profile)
         status = _run(words, output)
-        sys.stdout.flush()  # a reader that has gone away shows itself here at the latest
+        sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        # Whoever reads has seen enough (``| head``). Python would complain once more at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - boundary: the only place that ends the process
         return output.fail(error, profile=profile)
+
+
+class _Outlet(io.FileIO):
+    """Standard output, whose reader may go away when it has seen enough (``| head``): the command ends as it would."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _outlet(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    binary = io.BufferedWriter(_Outlet(stream.fileno(), "wb", closefd=False))
+    # A path or a sign that the terminal's encoding does not have must not end a command.
+    return io.TextIOWrapper(
+        binary, encoding=stream.encoding, errors="backslashreplace", line_buffering=stream.line_buffering
+    )
 
 
 def _run(words: list[str], output: Output) -> int:

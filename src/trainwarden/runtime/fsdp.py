@@ -60,12 +60,18 @@ class ShardedPasses:
         """Takes the gradients there are off the leaves, and adds what has come meanwhile to them at the end.
 
         FSDP adds to a piece of a gradient unseen by its version counter, and a backward pass over gathered weights
-        cannot be limited to pieces of them. So each pass begins without gradients and is repeated as a whole.
+        cannot be limited to pieces of them. So each pass begins without gradients and is repeated as a whole. One that
+        ends in an error leaves the gradients that were there before it.
         """
         earlier = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None] if self._roots else []
         for leaf, _ in earlier:
             leaf.grad = None
-        yield
+        try:
+            yield
+        except BaseException:
+            for leaf, gradient in earlier:
+                leaf.grad = gradient
+            raise
         for leaf, gradient in earlier:
             if leaf.grad is not None:
                 with torch.no_grad():

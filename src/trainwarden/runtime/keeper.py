@@ -95,9 +95,12 @@ class CheckpointKeeper:
         return checkpoint
 
     def check_fingerprint(self, saved: Mapping[str, Any], now: Mapping[str, Any], accepted: Sequence[str]) -> None:
-        """Raises `ResumeMismatchError` with what differs among the keys of ``now``, unless it is accepted."""
-        groups = {key.split(".")[0].split("#")[0] for key in now}
-        relevant = {key: value for key, value in saved.items() if key.split(".")[0].split("#")[0] in groups}
+        """Raises `ResumeMismatchError` with what differs, unless it is accepted.
+
+        ``now`` tells either of the data or of what is watched; only keys of ``saved`` that tell of the same count.
+        """
+        data = any(map(_tells_of_data, now))
+        relevant = {key: value for key, value in saved.items() if _tells_of_data(key) == data}
         found = differences(relevant, now, accepted)
         if found:
             raise ResumeMismatchError(differences=found)
@@ -157,3 +160,7 @@ class CheckpointKeeper:
 
     def _announce_rejected(self, path: Path, reason: str) -> None:
         self._emit(CheckpointRejected(step=0, path=str(path), reason=reason))
+
+
+def _tells_of_data(key: str) -> bool:
+    return key.split(".")[0].split("#")[0] in ("loader", "max_steps")
