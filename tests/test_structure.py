@@ -39,8 +39,8 @@ CORE_PACKAGES = {"torch", "safetensors", "pynvml", "psutil", "numpy"}
 
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 80
-MAX_BROAD_EXCEPTS = 16
-"""Each at a boundary to foreign code (drivers, observers, model classes, templates), with its reason on the line."""
+MAX_BROAD_EXCEPTS = 18
+"""Each at a boundary to foreign code (drivers, observers, model classes, templates, data sets), with its reason."""
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -9,27 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainwarden.guards.data import DataPolicy
     from trainwarden.guards.oom import is_out_of_memory
     from trainwarden.report.console import Console
     from trainwarden.runtime.guard import Guard
     from trainwarden.runtime.split import rows, shifted_target_tokens, target_tokens
+    from trainwarden.runtime.unreadable import skip_unreadable
     from trainwarden.train import Trainer, TrainResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Console": "trainwarden.report.console",
+    "DataPolicy": "trainwarden.guards.data",
     "Guard": "trainwarden.runtime.guard",
     "Trainer": "trainwarden.train",
     "TrainResult": "trainwarden.train",
     "is_out_of_memory": "trainwarden.guards.oom",
     "rows": "trainwarden.runtime.split",
     "shifted_target_tokens": "trainwarden.runtime.split",
+    "skip_unreadable": "trainwarden.runtime.unreadable",
     "target_tokens": "trainwarden.runtime.split",
 }
 
 __all__ = [
     "Console",
+    "DataPolicy",
     "Guard",
     "TrainResult",
     "Trainer",
@@ -37,6 +42,7 @@ __all__ = [
     "is_out_of_memory",
     "rows",
     "shifted_target_tokens",
+    "skip_unreadable",
     "target_tokens",
 ]
 

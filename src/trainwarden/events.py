@@ -83,12 +83,101 @@ class StepCompleted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSkipped(Event):
+    """``tensor`` is the first one that was not finite: ``loss``, or the parameter of a gradient. ``None``: unknown.
+
+    ``micro_batch`` counts the backward passes of the step from 0; ``samples`` are indices into the data set.
+    """
+
     level: ClassVar[Level] = "warning"
     what: Literal["loss", "gradient"]
     streak: int
+    tensor: str | None = None
+    kind: Literal["nan", "+inf", "-inf", "inf"] | None = None
+    micro_batch: int | None = None
+    epoch: int | None = None
+    batch_index: int | None = None
+    samples: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        return f"step {self.step} skipped: non-finite {self.what} ({self.streak} in a row); weights untouched"
+        place = self._place()
+        return f"step {self.step} skipped: non-finite {self.what}{place} ({self.streak} in a row); weights untouched"
+
+    def _place(self) -> str:
+        named = [f"{self.kind} in {self.tensor}"] if self.tensor and self.tensor != self.what else []
+        named += [self.kind] if self.tensor == self.what and self.kind else []
+        named += [f"micro-batch {self.micro_batch}"] if self.micro_batch is not None else []
+        named += [f"epoch {self.epoch}, batch {self.batch_index}"] if self.batch_index is not None else []
+        named += [f"samples {_few(self.samples)}"] if self.samples else []
+        return f", {', '.join(named)}" if named else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeDetected(Event):
+    """The loss or the gradient norm of step ``step`` is far above its usual range."""
+
+    level: ClassVar[Level] = "warning"
+    signal: Literal["loss", "grad_norm"]
+    value: float
+    usual: float
+    deviations: float
+
+    def __str__(self) -> str:
+        how = f"{self.value:.4g} where {self.usual:.4g} is usual ({self.deviations:.1f} deviations)"
+        return f"spike of the {self.signal} at step {self.step}: {how}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollapseDetected(Event):
+    """A watched representation has degenerated, and the policy is to tell it."""
+
+    level: ClassVar[Level] = "warning"
+    representation: str
+    criterion: Literal["variance", "effective_rank", "pairwise_distance"]
+    value: float
+    threshold: float
+
+    def __str__(self) -> str:
+        figure = f"{self.criterion} {self.value:.4g} is below {self.threshold:.4g}"
+        return f"{self.representation} has collapsed after step {self.step}: {figure}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolledBack(Event):
+    """The run continues from an earlier checkpoint, and will leave out the batches of some steps."""
+
+    level: ClassVar[Level] = "warning"
+    first_step: int
+    last_step: int
+    learning_rate_factor: float
+    reason: str
+
+    def __str__(self) -> str:
+        rate = "" if self.learning_rate_factor == 1 else f", learning rates times {self.learning_rate_factor:g}"
+        left_out = f"the batches of steps {self.first_step} to {self.last_step} are left out{rate}"
+        return f"rolled back to step {self.step}: {left_out} ({self.reason})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSkipped(Event):
+    """A sample, or a whole batch, could not be read, decoded or collated and was left out.
+
+    ``index`` is the sample's in its data set; ``count`` and ``share`` are all that was left out so far. ``cause`` names
+    the kind of the error and its place, and quotes no data.
+    """
+
+    level: ClassVar[Level] = "warning"
+    what: Literal["sample", "batch"]
+    epoch: int
+    batch_index: int
+    index: int | str | None
+    cause: str
+    count: int
+    share: float
+
+    def __str__(self) -> str:
+        batch = f"batch {self.batch_index} of epoch {self.epoch}"
+        which = batch if self.what == "batch" else f"sample {self.index} in {batch}"
+        return f"after step {self.step}: {which} left out: {self.cause} ({self.count} so far, {self.share:.2%})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +269,18 @@ class CheckpointFailed(Event):
 
     def __str__(self) -> str:
         return f"no checkpoint at step {self.step} [{self.code}]: {self.reason} (failure {self.failures} in a row)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WentBack(Event):
+    """A `Trainer` goes on from an earlier step, in process, and does again what came after it. Nothing is left out."""
+
+    level: ClassVar[Level] = "warning"
+    from_step: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"went back from step {self.from_step} to step {self.step}, to train on from there ({self.reason})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +464,11 @@ def announce(event: Event) -> None:
     """The default observer: what a person should notice, one line each, on stderr."""
     if LEVELS.index(event.level) >= LEVELS.index("notice"):
         print(f"warden: {event}", file=sys.stderr, flush=True)
+
+
+def _few(numbers: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"{shown}, … ({len(numbers)} in all)" if len(numbers) > 8 else shown
 
 
 def _jsonable(value: Any) -> Any:

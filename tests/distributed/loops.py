@@ -1,10 +1,11 @@
-"""A DDP training loop under the guard, run inside every rank, with faults that strike chosen ranks."""
+"""A training loop under the guard, with DDP on several ranks, run inside every rank: faults strike chosen ones."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,12 +35,14 @@ class Strike:
 
     rank: int
     step: int
-    phase: Literal["forward", "backward", "clip", "optimizer step"]
+    phase: Literal["load", "forward", "backward", "clip", "optimizer step", "evaluation", "checkpoint"]
     layer: int = 0
-    """Before which of the model's blocks; in backward the blocks above it have their gradients by then. In the clip and
-    the optimizer step: which allocation fails, from 1."""
+    """Before which of the model's blocks; in backward the blocks above it have their gradients by then. In loading, the
+    clip, the optimizer step and the evaluation: which allocation fails, from 1. A checkpoint fails once."""
     rows: int = 2
     times: int | None = None
+    fatal: bool = False
+    """In the clip and the optimizer step: whether every later allocation fails too."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Plan:
     normalised: bool = False
     scheduled: bool = True
     max_norm: float | None = None
+    evaluates: bool = False
+    """Whether every rank evaluates a few rows of its own before each step."""
+    launched: bool = True
+    """Whether a single rank uses DDP too."""
 
 
 @dataclass
@@ -79,6 +86,7 @@ class Outcome:
     steps_completed: int
     struck: int = 0
     """Allocations outside forward and backward that failed."""
+    evaluations: list[float] = field(default_factory=list)
 
 
 class Blocks(nn.Module):
@@ -109,11 +117,44 @@ class _FailInBackward(torch.autograd.Function):
         raise out_of_memory_error()
 
 
+class Greedy:
+    """State of a user's own, which takes memory that is not there when the strike's checkpoint is taken."""
+
+    def __init__(self, plan: Plan, rank: int, guard: Guard) -> None:
+        self.steps = [s.step for s in plan.strikes if (s.rank, s.phase) == (rank, "checkpoint")]
+        self.guard = guard
+        self.struck = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.guard.steps_completed in self.steps[self.struck :]:
+            self.struck += 1
+            raise out_of_memory_error()
+        return {"kept": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {"kept": 1}
+
+
+def replicated(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model as one of several ranks trains it, or as one process does, which a launcher may have started."""
+    if dist.get_world_size() == 1 and not plan.launched:
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=plan.unused)
+
+
 def train(rank: int, plan: Plan) -> Outcome:
     """The loop of a user of DDP."""
     GradientExchange.__init__.__defaults__ = (plan.bucket_bytes,)  # type: ignore[misc]
-    model = Blocks(plan.unused, plan.normalised)
-    ddp = DistributedDataParallel(model, find_unused_parameters=plan.unused)
+    events: list[Event] = []
+    guard = Guard(plan.run_dir, observers=[events.append], rank_deadline_s=60.0, **plan.guard_options)
+    loading = [failing(plan, rank, strike.step, "load") for strike in plan.strikes if strike.phase == "load"]
+
+    def load() -> Blocks:
+        with loading[0] if loading else FailingAllocation():
+            return Blocks(plan.unused, plan.normalised)
+
+    model = guard.attempt("load", load)
+    ddp: Any = replicated(model, plan)
     optimizer = OPTIMIZERS[plan.optimizer](ddp.parameters())
     scheduler = _schedule(optimizer, plan)
     generator = torch.Generator().manual_seed(7)
@@ -123,18 +164,22 @@ def train(rank: int, plan: Plan) -> Outcome:
         torch.arange(plan.rows),
     )
     loader = DataLoader(data, batch_size=plan.batch_size, sampler=DistributedSampler(data, seed=5))
-    events: list[Event] = []
-    guard = Guard(plan.run_dir, observers=[events.append], rank_deadline_s=60.0, **plan.guard_options)
     losses: list[float] = []
     samples: list[int] = []
-    struck = 0
+    evaluations: list[float] = []
+    held_back = [(torch.ones(3, 6) * (rank + 1) / row, torch.zeros(3, 1)) for row in (1, 2)]
+    struck = sum(fault.struck for fault in loading)
+    greedy = Greedy(plan, rank, guard)
     disturb(model, plan, rank, guard)
 
     def compute_loss(batch: Sequence[torch.Tensor]) -> torch.Tensor:
         loss = functional.mse_loss(ddp(batch[0]), batch[1]) / plan.accumulate
         return loss * float("nan") if (rank, guard.steps_completed + 1) in plan.poison else loss
 
-    with guard.watch(model=ddp, optimizer=optimizer, scheduler=scheduler):
+    def score(batch: Sequence[torch.Tensor]) -> torch.Tensor:
+        return functional.mse_loss(model(batch[0]), batch[1])
+
+    with guard.watch(model=ddp, optimizer=optimizer, scheduler=scheduler, greedy=greedy):
         for index, batch in enumerate(guard.batches(loader, max_steps=plan.max_steps)):
             step = guard.steps_completed + 1
             if (rank, step) == plan.stop:
@@ -142,8 +187,12 @@ def train(rank: int, plan: Plan) -> Outcome:
             if (rank, step) == plan.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             samples += batch[2].tolist()
+            if plan.evaluates:
+                with failing(plan, rank, step, "evaluation") as fault:
+                    evaluations.append(float(guard.evaluate(score, held_back)))  # type: ignore[arg-type]
+                struck += fault.struck
             if (index + 1) % plan.accumulate:
-                with ddp.no_sync():
+                with ddp.no_sync() if ddp is not model else nullcontext():
                     losses.append(float(guard.backward(compute_loss, batch)))
                 continue
             losses.append(float(guard.backward(compute_loss, batch)))
@@ -163,20 +212,56 @@ def train(rank: int, plan: Plan) -> Outcome:
         shrunk=[(e.from_size, e.to_size, e.reason) for e in events if isinstance(e, MicroBatchShrunk)],
         skipped=[e.step for e in events if isinstance(e, StepSkipped)],
         steps_completed=guard.steps_completed,
-        struck=struck,
+        struck=struck + greedy.struck,
+        evaluations=evaluations,
     )
+
+
+def train_lengths(rank: int, run_dir: str, lengths: Sequence[Sequence[int]], most_tokens: int) -> dict[str, Any]:
+    """One step for each length of this rank, over 4 rows of it; on rank 0 more than ``most_tokens`` do not fit.
+
+    ``parts`` are the rows that each batch was trained in at last.
+    """
+    model = Blocks()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(rank)
+    batches = [torch.randn(4, length, 6, generator=generator) for length in lengths[rank]]
+    guard = Guard(run_dir, observers=[], rank_deadline_s=60.0)
+    parts: list[list[int]] = []
+    thrown = 0
+
+    def compute_loss(batch: torch.Tensor) -> torch.Tensor:
+        nonlocal thrown
+        if rank == 0 and torch.is_grad_enabled() and batch.shape[0] * batch.shape[1] > most_tokens:
+            thrown += 1
+            parts[-1].clear()
+            raise out_of_memory_error()
+        if torch.is_grad_enabled():
+            parts[-1].append(batch.shape[0])
+        return ddp(batch.tanh()).square().mean()
+
+    with guard.watch(model=ddp, optimizer=optimizer):
+        for batch in guard.batches(batches, max_steps=len(batches)):
+            parts.append([])
+            guard.backward(compute_loss, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double().tolist()
+    return {"weights": weights, "parts": parts, "thrown": thrown}
 
 
 def failing(plan: Plan, rank: int, step: int, phase: str) -> FailingAllocation:
     """What makes an allocation of this phase fail, if a strike of this rank says so."""
     due = [s for s in plan.strikes if (s.rank, s.phase) == (rank, phase) and (s.step == step or s.times is None)]
-    return FailingAllocation(at=due[0].layer if due and step >= due[0].step else None)
+    strike = due[0] if due and step >= due[0].step else None
+    return FailingAllocation(at=strike.layer, times=10**6 if strike.fatal else 1) if strike else FailingAllocation()
 
 
 def plain(rank: int, plan: Plan) -> list[float]:
     """The same loop without a guard, on DDP's own reducer."""
     model = Blocks(plan.unused, plan.normalised)
-    ddp = DistributedDataParallel(model, find_unused_parameters=plan.unused)
+    ddp: Any = replicated(model, plan)
     optimizer = OPTIMIZERS[plan.optimizer](ddp.parameters())
     scheduler = _schedule(optimizer, plan)
     generator = torch.Generator().manual_seed(7)
@@ -188,7 +273,7 @@ def plain(rank: int, plan: Plan) -> list[float]:
         sampler.set_epoch(epoch)
         for index, (x, y) in enumerate(loader):
             if (index + 1) % plan.accumulate:
-                with ddp.no_sync():
+                with ddp.no_sync() if ddp is not model else nullcontext():
                     (functional.mse_loss(ddp(x), y) / plan.accumulate).backward()
                 continue
             (functional.mse_loss(ddp(x), y) / plan.accumulate).backward()

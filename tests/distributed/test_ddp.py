@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.loops import Outcome, Plan, Strike, plain, train
+from tests.distributed.loops import Outcome, Plan, Strike, plain, train, train_lengths
 from tests.distributed.pool import RankPool
 from trainwarden.runs import RunDirectory
 
@@ -51,6 +51,18 @@ def test_memory_that_runs_out_on_one_rank_changes_no_weight(
     assert [outcome.samples for outcome in found] == [outcome.samples for outcome in undisturbed]
 
 
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_parts_that_do_not_fit_either_after_gradients_were_sent_lose_nothing(
+    two_ranks: RankPool, tmp_path: Path, layer: int
+) -> None:
+    """The whole batch fails with some buckets on their way, then its first half, before it has reached anything new."""
+    plan = Plan(str(tmp_path), strikes=(Strike(1, step=1, phase="backward", layer=layer, rows=1),))
+    found = two_ranks.run(train, plan=plan)
+    assert [outcome.shrunk[-1][:2] for outcome in found] == [(2, 1), (2, 1)]
+    assert apart(found[0], two_ranks.run(plain, plan=plan)[0]) < 1e-5
+    assert found[0].weights == found[1].weights
+
+
 def test_memory_may_run_out_on_all_ranks_at_once_and_again_and_again(two_ranks: RankPool, tmp_path: Path) -> None:
     strikes = (
         Strike(0, step=2, phase="backward", layer=2, rows=2),
@@ -64,6 +76,14 @@ def test_memory_may_run_out_on_all_ranks_at_once_and_again_and_again(two_ranks: 
     assert [outcome.shrunk[-1][1] for outcome in found] == [1, 1]
 
 
+def test_a_launcher_that_starts_one_process_changes_nothing(one_rank: RankPool, tmp_path: Path) -> None:
+    """DDP's reducer would refuse every pass after the one that failed."""
+    plan = Plan(str(tmp_path), accumulate=2, strikes=(Strike(0, step=3, phase="backward", layer=2),))
+    (found,) = one_rank.run(train, plan=plan)
+    assert found.shrunk
+    assert apart(found, one_rank.run(plain, plan=plan)[0]) < 1e-5
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_when_one_rank_cannot_go_on_all_leave_with_its_error(two_ranks: RankPool, tmp_path: Path, phase: str) -> None:
     strike = Strike(1, step=3, phase=phase, layer=2, rows=0)  # type: ignore[arg-type]
@@ -71,6 +91,33 @@ def test_when_one_rank_cannot_go_on_all_leave_with_its_error(two_ranks: RankPool
     assert [(answer.kind, answer.code) for answer in found] == [("GPUMemoryError", "RUNTIME_GPU_OOM")] * 2
     assert found[0].details == found[1].details
     assert found[0].details["phase"] == phase
+
+
+def test_a_failure_before_the_call_in_which_the_ranks_meet_ends_all_of_them_alike(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    plan = Plan(str(tmp_path), accumulate=2, strikes=(Strike(1, step=3, phase="forward", rows=0),))
+    found = two_ranks.run(train, plan=plan)
+    assert [(answer.kind, answer.code) for answer in found] == [("GPUMemoryError", "RUNTIME_GPU_OOM")] * 2
+    assert found[0].details == found[1].details
+
+
+@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("phase", ["clip", "optimizer step"])
+def test_an_update_that_one_rank_cannot_make_ends_all_ranks_alike_and_is_never_saved(
+    two_ranks: RankPool, tmp_path: Path, phase: str, step: int
+) -> None:
+    """Step 6 is the last one: no backward pass follows in which the ranks would meet."""
+    strike = Strike(1, step=step, phase=phase, layer=1, fatal=True)  # type: ignore[arg-type]
+    plan = Plan(f"{tmp_path}/run", strikes=(strike,), max_norm=0.5, guard_options={"checkpoint_every_steps": 1})
+    found = two_ranks.run(train, plan=plan)
+    assert [(answer.kind, answer.code) for answer in found] == [("GPUMemoryError", "RUNTIME_GPU_OOM")] * 2
+    assert found[0].details == found[1].details
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    assert saved == {f"step-{step - 2:08}", f"step-{step - 1:08}"}
+    resumed = two_ranks.run(train, plan=replace(plan, strikes=()))
+    whole = two_ranks.run(train, plan=replace(plan, run_dir=f"{tmp_path}/whole", strikes=()))
+    assert [outcome.weights for outcome in resumed] == [outcome.weights for outcome in whole]
 
 
 def test_a_split_that_is_refused_on_one_rank_ends_all(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -91,6 +138,23 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks: Rank
     assert [outcome.skipped for outcome in found] == [[3], [3]]
     assert np.isfinite(found[0].losses).all()  # rank 0's own loss was finite, and is reported as it was
     assert np.isnan(found[1].losses[2])
+
+
+def test_with_accumulation_one_bad_loss_skips_one_step(two_ranks: RankPool, tmp_path: Path) -> None:
+    found = two_ranks.run(train, plan=Plan(str(tmp_path), accumulate=2, poison=((1, 3),)))
+    assert [outcome.skipped for outcome in found] == [[3], [3]]
+    assert found[0].weights == found[1].weights
+
+
+def test_what_fails_on_one_rank_is_not_tried_on_another_and_shorter_rows_are_not_shrunk(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Rank 0 lacks memory above 40 tokens. Rank 1 never does; it learns that, and splits by tokens, not by rows."""
+    found = two_ranks.run(train_lengths, run_dir=str(tmp_path), lengths=((16, 4, 4), (4, 16, 4)), most_tokens=40)
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0]["parts"] == [[2, 2], [4], [4]]
+    assert found[1]["parts"] == [[4], [2, 2], [4]]
+    assert found[1]["thrown"] == 0
 
 
 def test_a_streak_of_them_ends_all_ranks_after_a_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_the_text_of_a_page() -> None:
         "  HTTP status        422\n"
         "  retry              after_change: change something first\n"
         "  aliases            TRAINING.NAN_LOSS\n"
-        "  details            streak, skipped, what\n"
+        "  details            streak, skipped, what, problem, limit, step, tensor, kind, micro_batch, epoch,\n"
+        "                     batch_index, samples\n"
     )
 
 

@@ -64,6 +64,8 @@ def test_a_foreign_profile_covers_every_family_that_a_code_may_have(profile: Exi
         ("RUNTIME_NAN_LOSS", 80, 2, 5),
         ("RUNTIME_DISK_FULL", 74, 2, 4),
         ("STATE_CHECKPOINT_INVALID", 74, 2, 4),
+        ("RUNTIME_EVAL_GATE_REGRESSED", 83, 65, 6),
+        ("PARTIAL_BATCH_OPERATION", 85, 3, 5),
         ("INTERNAL_ERROR", 70, 2, 9),
     ],
 )

@@ -19,6 +19,7 @@ from torch.nn import functional
 from trainwarden import Guard
 from trainwarden.errors import GPUMemoryError
 from trainwarden.events import EvaluationShrunk, MicroBatchShrunk, OptimizerStepFinished
+from trainwarden.guards.spikes import SpikePolicy
 from trainwarden.runtime.optimizer_step import OptimizerStep
 from trainwarden.testing import FailingAllocation
 
@@ -85,16 +86,20 @@ def test_when_nothing_fits_the_error_tells_what_the_device_said(tmp_path: Path) 
     assert caught.value.details["free_bytes"] is not None
 
 
-def test_a_fused_step_under_guard_does_not_synchronise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("spikes", [None, SpikePolicy()], ids=["plain", "looking for spikes"])
+def test_a_fused_step_under_guard_does_not_synchronise(tmp_path: Path, spikes: SpikePolicy | None, clip: bool) -> None:
     model = nn.Linear(64, 1).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    guard = Guard(tmp_path, observers=[], checkpoint_every_s=None)
+    guard = Guard(tmp_path, observers=[], checkpoint_every_s=None, spikes=spikes)
     with guard.watch(model=model, optimizer=optimizer):
         for batch in guard.batches([torch.randn(8, 64).cuda()], max_steps=20):
             mode = "error" if 2 <= guard.steps_completed < 18 else "default"
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 guard.backward(lambda b: model(b).square().mean(), batch)
+                if clip:
+                    guard.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             finally:

@@ -24,6 +24,7 @@ RECORD = RunRecord(
     steps_completed=40,
     steps_skipped=2,
     shrinks=1,
+    data_skipped=3,
     final_loss=2.5,
     exit_code=75,
     code="RUNTIME_TRAINING_ABORTED",
@@ -58,6 +59,7 @@ def test_a_run_is_a_line() -> None:
         "STEPS",
         "SKIPPED",
         "SHRINKS",
+        "LEFT-OUT",
         "LOSS",
         "EXIT",
         "DIRECTORY",
@@ -70,6 +72,7 @@ def test_a_run_is_a_line() -> None:
         "40",
         "2",
         "1",
+        "3",
         "2.5000",
         "75",
         "/home/me/runs/demo",
@@ -78,7 +81,7 @@ def test_a_run_is_a_line() -> None:
 
 def test_what_is_unknown_is_a_dash_and_never_a_zero() -> None:
     line = runs_table([LOST]).splitlines()[1]
-    assert line.split()[4:9] == ["-"] * 5
+    assert line.split()[4:10] == ["-"] * 6
 
 
 def test_a_nan_loss_reads_nan() -> None:
@@ -90,6 +93,7 @@ def test_the_page_tells_how_it_ended_and_how_to_go_on() -> None:
     for said in (
         "status       stopped",
         "steps        40",
+        "left out     3",
         "last loss    2.5000",
         "exit code    75",
         "RUNTIME_TRAINING_ABORTED (warden explain RUNTIME_TRAINING_ABORTED)",

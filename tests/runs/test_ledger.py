@@ -70,6 +70,7 @@ def test_an_ending_is_kept_whole(ledger: Ledger) -> None:
         steps_completed=40,
         steps_skipped=2,
         shrinks=1,
+        data_skipped=3,
         final_loss=0.1,
         exit_code=75,
         code="RUNTIME_TRAINING_ABORTED",
@@ -87,6 +88,7 @@ def test_an_ending_is_kept_whole(ledger: Ledger) -> None:
         "steps_completed": 40,
         "steps_skipped": 2,
         "shrinks": 1,
+        "data_skipped": 3,
         "final_loss": 0.1,
         "exit_code": 75,
         "code": "RUNTIME_TRAINING_ABORTED",
@@ -304,6 +306,20 @@ def test_a_ledger_that_somebody_keeps_locked_is_a_word_of_warning(
     other.close()
     start(opened, "r-1")
     assert len(problems) == 1
+
+
+def test_a_ledger_locked_even_for_readers_is_not_read_behind_the_back_of_its_writer(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BUSY_S", 0.1)
+    start(ledger, "r-1")
+    other = sqlite3.connect(ledger.path, isolation_level=None)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(LedgerError, match="locked"):
+        ledger.rows()
+    other.close()
+    assert len(ledger.rows()) == 1
 
 
 def test_the_end_of_a_run_that_never_started_is_an_error(ledger: Ledger) -> None:

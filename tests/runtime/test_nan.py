@@ -11,12 +11,16 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from tests.runtime.loops import ComputeLoss, Loop, small_model
+from tests.runtime.loops import ComputeLoss, Loop, Rows, small_model
 from trainwarden import Guard
 from trainwarden.errors import NaNLossError
 from trainwarden.events import Notice, StepSkipped
+from trainwarden.guards.finite import Culprit
+from trainwarden.runtime.clipping import Clipping
 from trainwarden.runtime.gate import OptimizerGate, choose_mode
+from trainwarden.runtime.phases import clip_grad_norm
 from trainwarden.testing import NonFinite
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -82,7 +86,17 @@ def test_a_streak_above_the_limit_ends_the_run_with_a_checkpoint_of_healthy_weig
         loop.run()
     error = caught.value
     assert (error.code, error.exit_code, error.steps_completed) == ("RUNTIME_NAN_LOSS", 80, 6)
-    assert error.details == {"streak": 3, "skipped": 3, "what": "loss"}
+    expected = {
+        "streak": 3,
+        "skipped": 3,
+        "what": "loss",
+        "limit": "streak",
+        "tensor": "loss",
+        "kind": "nan",
+        "step": 6,
+    }
+    assert expected.items() <= error.details.items()
+    assert (error.details["epoch"], error.details["batch_index"]) == (0, 5)
     assert error.checkpoint_path is not None
     reference = Loop(tmp_path / "b", max_steps=3).run()
     assert torch.equal(loop.weights(), reference.weights())
@@ -175,6 +189,78 @@ def test_a_fused_sgd_whose_first_step_is_bad_keeps_a_clean_momentum() -> None:
     assert [findings.what for _, findings in gate.poll()] == ["gradient", None]
 
 
+@pytest.mark.parametrize(("value", "kind"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "inf")])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_report_that_arrives_late_names_the_gradient(value: float, kind: str, clip: bool) -> None:
+    """Only the largest magnitude of each gradient is kept, so the sign of an infinity is not known."""
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    gate = OptimizerGate(
+        optimizer,
+        take_losses=lambda: [torch.tensor(1.0)],
+        on_called=lambda: None,
+        current_step=lambda: 1,
+        name_of=lambda parameter: names[id(parameter)],
+        mode="device",
+    )
+    gate.install()
+    model(torch.ones(2, 6)).sum().backward()
+    model[3].weight.grad[0, 3] = value
+    if clip:
+        kept: list[Clipping] = []
+        clip_grad_norm(
+            model.parameters(), 1.0, norm_type=2.0, error_if_nonfinite=False, foreach=None, recover=True,
+            say=lambda _: None, keep=kept.append,
+        )  # fmt: skip
+        kept[0].culprit = None  # on a device nobody looks
+        gate.clipping = kept[0]
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+    ((_, findings),) = gate.poll(wait=True)
+    assert findings.culprit == Culprit("3.weight", kind, 0, 1)  # type: ignore[arg-type]
+    assert not findings.applied
+
+
+@pytest.mark.parametrize(("value", "kind"), [(math.nan, "nan"), (math.inf, "+inf"), (-math.inf, "-inf")])
+def test_a_report_that_arrives_late_names_the_loss(value: float, kind: str) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    losses = [torch.tensor(1.0), torch.tensor(value)]
+    gate = device_gate(torch.optim.AdamW([weight], fused=True), losses)
+    weight.grad = torch.ones(3)
+    gate.optimizer.step()
+    ((_, findings),) = gate.poll(wait=True)
+    assert findings.culprit == Culprit("loss", kind, 1, 2)  # type: ignore[arg-type]
+
+
+def test_a_late_verdict_finds_the_place_where_the_data_stood(tmp_path: Path) -> None:
+    """As on a GPU, where reports arrive some steps later: here two, because nobody asks before."""
+    events: list[Any] = []
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    guard = Guard(tmp_path, observers=[events.append])
+    rows = Rows()
+    rows.targets[19] = math.nan
+    with guard.watch(model=model, optimizer=optimizer):
+        session = guard._session
+        assert session is not None
+        (gate,) = session.steps._gates
+        gate.mode = "device"
+        session.numbers.remember_places()
+        real = gate.poll
+        gate.poll = lambda *, wait=False: real(wait=wait) if guard.steps_completed >= 7 or wait else []  # type: ignore[method-assign]
+        for batch in guard.batches(DataLoader(rows, batch_size=4), max_steps=8):
+            guard.backward(lambda b: nn.functional.mse_loss(model(b[0]), b[1]), batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    (event,) = [event for event in events if isinstance(event, StepSkipped)]
+    assert (event.step, event.tensor, event.kind, event.batch_index) == (5, "loss", "nan", 4)
+    assert event.samples == (16, 17, 18, 19)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_no_alarm_on_the_device_from_large_finite_values() -> None:
     weight = nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.AdamW([weight], fused=True)
@@ -194,6 +280,12 @@ def test_the_way_a_step_is_checked_is_chosen_with_its_reason() -> None:
 
 
 # -- GradScaler, several optimizers, wrappers --------------------------------------------------------------------
+
+
+def test_late_detection_is_for_those_who_cannot_skip_on_the_device() -> None:
+    weight = nn.Parameter(torch.zeros(4, device="meta"))
+    assert choose_mode(torch.optim.SGD([weight], lr=0.1), "late")[0] == "late"
+    assert choose_mode(torch.optim.SGD([nn.Parameter(torch.zeros(4))], lr=0.1, fused=True), "late")[0] == "device"
 
 
 @pytest.mark.parametrize("fused", [True, False])

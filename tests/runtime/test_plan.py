@@ -17,10 +17,10 @@ from torch import nn
 
 from tests.runtime.loops import ComputeLoss, Loop, distance
 from trainwarden import Guard
-from trainwarden.errors import GPUMemoryError, SplitRefusedError
+from trainwarden.errors import GPUMemoryError, InvalidSettingError, SplitRefusedError
 from trainwarden.events import Event, MemoryRemedyApplied, MicroBatchGrown, MicroBatchShrunk
 from trainwarden.guards.ladder import Trouble, next_rung, release_may_help
-from trainwarden.guards.memory_plan import Choice, PlanPolicy, Size
+from trainwarden.guards.memory_plan import Bounds, Choice, PlanPolicy, Size
 from trainwarden.guards.oom import MemoryFailure, OOMPolicy
 from trainwarden.runtime import split as splitting
 from trainwarden.runtime.plan import OBSERVATIONS, MicroBatchPlan
@@ -395,20 +395,14 @@ class Remedied:
 
 
 def remedied_loop(run_dir: Path, remedied: Remedied, **options: Any) -> Loop:
-    loop = Loop(run_dir, disturb=lambda compute_loss, guard: remedied.ceiling(compute_loss), **options)
-    original = loop.guard.batches
-
-    def batches(*arguments: Any, **keywords: Any) -> Any:
-        session = loop.guard._session
-        assert session is not None
-        session.backward._remedies = {
+    options["guard_options"] = {
+        **options.get("guard_options", {}),
+        "remedies": {
             "enable_checkpointing": remedied.enable_checkpointing,
             "offload_optimizer": remedied.offload_optimizer,
-        }
-        return original(*arguments, **keywords)
-
-    loop.guard.batches = batches  # type: ignore[method-assign]
-    return loop
+        },
+    }
+    return Loop(run_dir, disturb=lambda compute_loss, guard: remedied.ceiling(compute_loss), **options)
 
 
 def test_the_users_remedies_are_tried_in_turn_when_one_row_does_not_fit(tmp_path: Path) -> None:
@@ -437,6 +431,12 @@ def test_remedies_are_applied_again_at_the_start_of_a_resumed_run(tmp_path: Path
     assert remedied.called == ["enable_checkpointing", "offload_optimizer"]
     assert "before the resume" in loop.named(MemoryRemedyApplied)[0].reason
     assert remedied.ceiling.struck == 0
+
+
+@pytest.mark.parametrize("remedies", [{"buy_memory": print}, {"enable_checkpointing": "yes"}], ids=str)
+def test_remedies_have_their_names_and_can_be_called(tmp_path: Path, remedies: Any) -> None:
+    with pytest.raises(InvalidSettingError, match="enable_checkpointing and offload_optimizer"):
+        Guard(tmp_path, remedies=remedies)
 
 
 def test_when_remedies_do_not_help_the_error_says_what_was_left(tmp_path: Path) -> None:
@@ -503,9 +503,37 @@ def test_another_ranks_lesson_is_taken_over() -> None:
     teacher, pupil = MicroBatchPlan(), MicroBatchPlan()
     teacher.note_failure(Size(8, 100))
     assert teacher.lesson == (Size(8, 100), Size(4, 100))
-    pupil.learn(*teacher.lesson)
+    pupil.learn([teacher.lesson])
     assert pupil.choose(Size(8, 100)).rows == 4
     assert pupil.choose(Size(40, 10)).rows == 40, "shorter rows fit as many tokens"
+
+
+def test_what_failed_on_any_rank_is_not_tried_whatever_fitted_on_another() -> None:
+    """One rank came down to 2 rows, the other to 4: that 4 fit there does not say that they fit here."""
+    lessons = [(Size(8, 100), Size(4, 100)), (Size(4, 100), Size(2, 100))]
+    for order in (lessons, lessons[::-1]):
+        plan = MicroBatchPlan()
+        plan.learn(order)
+        assert plan.choose(Size(8, 100)).rows == 2
+        assert plan.bounds.failing_tokens(100) == 400
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 64), st.integers(1, 300)).flatmap(
+            lambda size: st.tuples(st.just(Size(*size)), st.integers(1, size[0] - 1).map(lambda r: Size(r, size[1])))
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_after_the_lessons_of_all_ranks_no_failure_is_believed_to_fit(lessons: list[tuple[Size, Size]]) -> None:
+    bounds = Bounds().with_lessons(lessons)
+    for failed, _ in lessons:
+        assert bounds.fitting_tokens(failed.length) < failed.tokens
+        fails_at = bounds.failing_tokens(failed.length)
+        assert fails_at is not None
+        assert fails_at <= failed.tokens
 
 
 def test_the_observations_do_not_grow_without_end() -> None:

@@ -214,3 +214,24 @@ def test_a_position_without_a_length_is_taken_as_it_is() -> None:
     position = {"batch_index": 7, "batches": None}
     assert rescaled(position, 20) == position
     assert rescaled({"batch_index": 7, "batches": 9}, None)["batch_index"] == 7
+
+
+@pytest.mark.parametrize(
+    "loader", [DataLoader(Rows(10), batch_size=2, shuffle=True), [1, 2, 3, 4, 5]], ids=["loader", "list"]
+)
+def test_a_position_from_before_the_first_batch_begins_at_the_beginning(loader: Any) -> None:
+    torch.manual_seed(5)
+    position = DataPosition(loader, say=lambda _: None)
+    state = position.state_dict()
+    first = [str(batch) for batch in take(position, 7)]
+    torch.manual_seed(99)
+    again = DataPosition(loader, say=lambda _: None)
+    again.load_state_dict(state)
+    assert [str(batch) for batch in take(again, 7)] == first
+
+
+def test_batches_that_are_left_out_are_read_and_dropped() -> None:
+    position = DataPosition([1, 2, 3, 4, 5], say=lambda _: None)
+    position.leave_out = lambda epoch, index: (epoch, index) in {(0, 1), (0, 2), (1, 0), (1, 4)}
+    assert take(position, 7) == [1, 4, 5, 2, 3, 4, 1]
+    assert (position.epoch, position.batch_index) == (2, 1)

@@ -28,6 +28,7 @@
     │   ├── GPUNotAvailableError          DEP_GPU_NOT_AVAILABLE
     │   ├── FSDPUnavailableError          DEP_FSDP_UNAVAILABLE
     │   ├── MLXUnavailableError           DEP_MLX_UNAVAILABLE
+    │   ├── QuantizationUnavailableError  DEP_QUANTIZATION_UNAVAILABLE
     │   ├── PeftAPIError                  PEFT_API_INCOMPATIBLE
     │   └── RequirementUnmetError         DEP_REQUIREMENT_UNMET
     ├── RunError                          RUNTIME_   the run itself ended early
@@ -39,9 +40,15 @@
     │   ├── RestartNeededError            RUNTIME_RESTART_NEEDED
     │   ├── SplitRefusedError             RUNTIME_SPLIT_REFUSED
     │   ├── NaNLossError                  RUNTIME_NAN_LOSS
+    │   ├── DataLoaderError               RUNTIME_DATALOADER_FAILED
+    │   ├── LossSpikeError                RUNTIME_LOSS_SPIKE
+    │   ├── CollapseDetectedError         RUNTIME_COLLAPSE_DETECTED
+    │   ├── StateNotFiniteError           RUNTIME_STATE_NOT_FINITE
+    │   ├── RollbackNeededError           RUNTIME_ROLLBACK_NEEDED
     │   ├── SLAOError                     RUNTIME_SLAO_ERROR
     │   │   ├── SLAOMergeError            RUNTIME_SLAO_MERGE_FAILED
     │   │   └── SLAOMergeDivergedError    SLAO_MERGE_DIVERGED
+    │   ├── EvalRegressionError           RUNTIME_EVAL_GATE_REGRESSED
     │   ├── DiskFullError                 RUNTIME_DISK_FULL
     │   ├── FP8UnsupportedError           RUNTIME_FP8_UNSUPPORTED
     │   ├── GPUTemperatureError           RUNTIME_GPU_TEMPERATURE_CRITICAL
@@ -54,6 +61,8 @@
     │   ├── RunExistsError                STATE_RUN_EXISTS
     │   ├── RunLockedError                STATE_RUN_LOCKED
     │   └── LedgerError                   STATE_LEDGER_INVALID
+    ├── PartialError                      PARTIAL_   finished, but not with everything
+    │   └── PartialBatchError             PARTIAL_BATCH_OPERATION
     └── InternalError                     INTERNAL_ERROR
 
 Standard library only: an error must be raisable where nothing else works.
@@ -62,7 +71,13 @@ Standard library only: an error must be raisable where nothing else works.
 from __future__ import annotations
 
 from .base import Retry, WardenError
-from .capability import FP8UnsupportedError, FSDPUnavailableError, MLXUnavailableError, RequirementUnmetError
+from .capability import (
+    FP8UnsupportedError,
+    FSDPUnavailableError,
+    MLXUnavailableError,
+    QuantizationUnavailableError,
+    RequirementUnmetError,
+)
 from .config import ConfigurationError, InvalidSettingError, ResumeMismatchError
 from .dependencies import GPUNotAvailableError, ModelLoadError
 from .exits import EXIT_STATUSES
@@ -76,7 +91,15 @@ from .explain import (
     lookup,
 )
 from .failure import failure_text
-from .families import ConfigError, DependencyError, InputError, PreflightError, RunError, StateError
+from .families import (
+    ConfigError,
+    DependencyError,
+    InputError,
+    PartialError,
+    PreflightError,
+    RunError,
+    StateError,
+)
 from .findings import Finding, Findings, Severity
 from .hardware import GPUError, GPUMonitoringError, GPUTemperatureError
 from .hook import install_excepthook
@@ -99,10 +122,13 @@ from .memory import (
     PreflightRefusedError,
     UnpredictableModelError,
 )
+from .numbers import CollapseDetectedError, LossSpikeError, RollbackNeededError, StateNotFiniteError
+from .partial import EvalRegressionError, PartialBatchError
 from .profiles import ExitProfile, exit_status, resolve_profile
 from .redaction import dropped_fields, redact, redact_value
 from .registry import registry
 from .runtime import (
+    DataLoaderError,
     DiskFullError,
     GPUMemoryError,
     NaNLossError,
@@ -133,9 +159,11 @@ __all__ = [
     "AdapterNotFoundError",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "CollapseDetectedError",
     "ConfigError",
     "ConfigNotFoundError",
     "ConfigurationError",
+    "DataLoaderError",
     "DatasetError",
     "DatasetFormatError",
     "DatasetNotFoundError",
@@ -143,6 +171,7 @@ __all__ = [
     "DatasetValidationError",
     "DependencyError",
     "DiskFullError",
+    "EvalRegressionError",
     "ExitProfile",
     "FP8UnsupportedError",
     "FSDPUnavailableError",
@@ -158,19 +187,24 @@ __all__ = [
     "InternalError",
     "InvalidSettingError",
     "LedgerError",
+    "LossSpikeError",
     "MLXUnavailableError",
     "ModelLoadError",
     "NaNLossError",
+    "PartialBatchError",
+    "PartialError",
     "PeftAPIError",
     "PreflightError",
     "PreflightHostMemoryError",
     "PreflightMemoryError",
     "PreflightRefusedError",
+    "QuantizationUnavailableError",
     "RankLostError",
     "RequirementUnmetError",
     "RestartNeededError",
     "ResumeMismatchError",
     "Retry",
+    "RollbackNeededError",
     "RunError",
     "RunExistsError",
     "RunLockedError",
@@ -182,6 +216,7 @@ __all__ = [
     "Severity",
     "SplitRefusedError",
     "StateError",
+    "StateNotFiniteError",
     "TrainingAbortedError",
     "TrainingError",
     "UnknownCodeError",

@@ -92,6 +92,38 @@ class FP8UnsupportedError(
     problem: str
 
 
+class QuantizationUnavailableError(
+    DependencyError, code="DEP_QUANTIZATION_UNAVAILABLE", exit_code=69, http_status=503, retry=Retry.AFTER_CHANGE
+):
+    """4-bit weights or 8-bit optimizer states were asked for, and bitsandbytes cannot make them here.
+
+    ## Why this happens
+    `mode: qlora` packs the frozen weights to 4 bits, and `optimizer: adamw_8bit` keeps the moments of AdamW in
+    8 bits; bitsandbytes does both. Before a model is loaded, a small layer was packed and multiplied, or one step
+    taken, on the device of the run, in a process of its own. bitsandbytes is not installed, cannot be imported,
+    has no kernels for this device, or computed something wrong. The run never goes on in full precision, for it
+    would only run out of memory later.
+
+    ## What to do
+    Read the message: it names what was tried and how it ended. Install bitsandbytes (`pip install
+    'trainwarden[qlora]'`), or take `mode: lora` and `optimizer: adamw`, which need none of it.
+
+    ## Example
+    ```console
+    $ warden train configs/lora.yaml -o model.mode=qlora
+    warden: 4-bit weights are not available on cpu: bitsandbytes is not installed (pip install bitsandbytes)
+    $ pip install 'trainwarden[qlora]'
+    ```
+    """
+
+    template = "{what} are not available on {device}: {problem}[ ({fix})]"
+    suggestion = "Install bitsandbytes, or use mode: lora and optimizer: adamw."
+    what: str
+    device: str
+    problem: str
+    fix: str | None
+
+
 class RequirementUnmetError(
     DependencyError, code="DEP_REQUIREMENT_UNMET", exit_code=69, http_status=503, retry=Retry.AFTER_CHANGE
 ):

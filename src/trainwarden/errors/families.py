@@ -27,3 +27,7 @@ class RunError(WardenError, prefix="RUNTIME_", exit_code=70, http_status=500, re
 
 class StateError(WardenError, prefix="STATE_", exit_code=74, http_status=500, retry=Retry.AFTER_CHANGE):
     """What lies on disk cannot be used as it is: a checkpoint, a run directory, the ledger."""
+
+
+class PartialError(WardenError, prefix="PARTIAL_", exit_code=85, http_status=422, retry=Retry.AFTER_CHANGE):
+    """The operation came to its end, and not everything in it succeeded."""

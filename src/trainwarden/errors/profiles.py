@@ -64,12 +64,17 @@ _BY_FAMILY: Mapping[ExitProfile, Mapping[str, int]] = MappingProxyType(
 _BY_CODE: Mapping[ExitProfile, Mapping[str, int]] = MappingProxyType(
     {
         # Its table gives out-of-memory the status of a process that the kernel killed for memory.
-        ExitProfile.BACKPROPAGATE: {"RUNTIME_GPU_OOM": 137, "RUNTIME_SPLIT_REFUSED": 137},
+        ExitProfile.BACKPROPAGATE: {
+            "RUNTIME_GPU_OOM": 137,
+            "RUNTIME_SPLIT_REFUSED": 137,
+            "RUNTIME_EVAL_GATE_REGRESSED": 65,
+        },
         ExitProfile.GENOLEWM: {
             "RUNTIME_GPU_OOM": 4,
             "RUNTIME_SPLIT_REFUSED": 4,
             "RUNTIME_DISK_FULL": 4,
             "RUNTIME_TRAINING_ABORTED": 130,
+            "RUNTIME_EVAL_GATE_REGRESSED": 6,
             "STATE_RUN_EXISTS": 3,
             "STATE_RUN_LOCKED": 3,
         },

@@ -208,10 +208,13 @@ class NaNLossError(
     """The loss or a gradient was NaN or infinite for too many steps in a row.
 
     ## Why this happens
-    A single non-finite step is skipped and counted; the weights never see it. A streak means that the
-    run does not come back by itself: a learning rate that is too high, float16 without a loss scaler,
-    rows without a single target, a division by zero or a logarithm of zero in the loss. The last
-    checkpoint holds finite weights.
+    A single non-finite step is skipped and counted; the weights never see it. A streak, or too large a
+    share of the last steps (`limit` says which), means that the run does not come back by itself: a
+    learning rate that is too high, float16 without a loss scaler, rows without a single target, a
+    division by zero or a logarithm of zero in the loss. The last checkpoint holds finite weights.
+    `details` name the first tensor that was not finite (the loss, or the parameter of a gradient),
+    whether it held NaN or an infinity, the step, the backward pass within it, and the samples of that
+    batch as far as they are known.
 
     ## What to do
     Resume from the checkpoint with a lower learning rate, warm-up or gradient clipping; train in
@@ -226,11 +229,69 @@ class NaNLossError(
     ```
     """
 
-    template = "the {what} was not finite for {streak} steps in a row[ ({skipped} skipped in all)]"
+    template = "the {what} was not finite for {streak} steps in a row[ ({skipped} skipped in all)][: {problem}]"
     suggestion = "Lower the learning rate, clip gradients, prefer bfloat16; the last checkpoint is finite."
     streak: int
     skipped: int
     what: str
+    problem: str | None
+    limit: str | None
+    step: int | None
+    tensor: str | None
+    kind: str | None
+    micro_batch: int | None
+    epoch: int | None
+    batch_index: int | None
+    samples: list[int] | None
+
+
+class DataLoaderError(
+    RunError,
+    code="RUNTIME_DATALOADER_FAILED",
+    exit_code=65,
+    http_status=422,
+    retry=Retry.AFTER_CHANGE,
+    aliases=("TRAINING.DATALOADER_FAILED",),
+):
+    """The data of the run could not be loaded any further, or too much of it could not be read.
+
+    ## Why this happens
+    A sample or batch that cannot be read, decoded or collated is left out, and a line of `errors.jsonl` in
+    the run directory says which and why. When more than `max_share` of the data is left out (1 % unless
+    the policy says otherwise), what is trained is no longer what was asked for, and the run ends. It also
+    ends, at once, when it is not a sample that failed but the loader: a worker process was killed (mostly
+    by the host's out-of-memory killer), the workers delivered nothing for `worker_timeout_s`, memory or
+    file handles ran out in them, or a stream broke off. `details` say which (`fault`), and how much was
+    left out of how much.
+
+    ## What to do
+    For bad data, read `errors.jsonl`: it names index, kind of error and place in the code. Repair or remove
+    the samples, or allow more (`data=DataPolicy(max_share=...)`). Where one bad sample costs a whole batch,
+    `trainwarden.skip_unreadable(dataset)` leaves out only the sample. For workers that died, use fewer of
+    them, or a smaller `prefetch_factor`. For workers that hang, look at the storage; what takes long by
+    nature needs a longer `worker_timeout_s`. Then resume: the run goes on at the batch at which it ended.
+
+    ## Example
+    ```console
+    $ python train.py
+    warden: data could not be loaded: 11 of 1,000 batches were left out (1.10 %, allowed are 1.00 %)
+    $ tail -n 1 runs/demo/errors.jsonl
+    ```
+    """
+
+    template = "data could not be loaded: {problem}"
+    suggestion = "Read errors.jsonl in the run directory and repair the data or the loader; then resume."
+    problem: str
+    fault: str
+    cause: str | None
+    batches_seen: int
+    batches_left_out: int
+    samples_left_out: int
+    share: float
+    max_share: float
+    epoch: int
+    batch_index: int
+    rank: int
 
 
 class DiskFullError(

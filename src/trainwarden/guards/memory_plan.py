@@ -13,7 +13,7 @@ grows faster than attention scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -77,6 +77,19 @@ class Bounds:
         if not any(_implies(fail, size) for fail in fails):
             fails.append(size)
         return Bounds(fits, tuple(fails[-KEPT:]))
+
+    def with_lessons(self, lessons: Sequence[tuple[Size, Size]]) -> Bounds:
+        """What several like devices have learned at once: each a size that failed, and the one that was run instead.
+
+        What failed on one is believed to fail on all, whatever ran on another.
+        """
+        bounds = self
+        for failed, _ in lessons:
+            bounds = bounds.with_failure(failed)
+        for _, fits in lessons:
+            if all(failed.tokens > _fitting(fits, failed.length) for failed, _ in lessons):
+                bounds = bounds.with_fit(fits)
+        return bounds
 
     def grown_to(self, size: Size) -> Bounds:
         """``size`` ran through although it was believed to fail. Twice as much is believed to fail from now on."""

@@ -12,6 +12,7 @@ from trainwarden.report.text import Number, as_number
 
 INTERVENTIONS: Mapping[str, str] = {
     "step_skipped": "s",
+    "data_skipped": "d",
     "micro_batch_shrunk": "m",
     "checkpoint_rejected": "x",
     "checkpoint_failed": "f",

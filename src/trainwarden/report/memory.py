@@ -12,7 +12,6 @@ from trainwarden.report import text
 from trainwarden.report.memory_chart import KIND_NAMES, headline, subline
 
 if TYPE_CHECKING:
-    from trainwarden.memory.plan import TrainingPlan
     from trainwarden.memory.remedies import Advice
     from trainwarden.train.preflight import PreflightReport
 
@@ -26,7 +25,7 @@ def preflight_text(report: PreflightReport, chart: str, fitting: Sequence[str]) 
         chart,
         text.pairs(_answers(report, fitting)),
         _titled("peak", _shares(report)),
-        _advice_text(report.advice, report.subject.plan),
+        _advice_text(report.advice),
         _listed("notes", report.prediction.notes),
         _listed("findings", [str(finding) for finding in report.findings]),
     ]
@@ -86,7 +85,7 @@ def _shares(report: PreflightReport) -> list[tuple[str, str]]:
     return [(KIND_NAMES[kind], share) for kind, share in shares]
 
 
-def _advice_text(advice: Advice | None, asked: TrainingPlan) -> str:
+def _advice_text(advice: Advice | None) -> str:
     if advice is None:
         return ""
     rows = [
@@ -102,15 +101,13 @@ def _advice_text(advice: Advice | None, asked: TrainingPlan) -> str:
     listed = text.table(
         ("CHANGE", "ALONE", "WITH THOSE ABOVE", "TAKE", "COSTS"), rows, right=frozenset({"ALONE", "WITH THOSE ABOVE"})
     )
-    return f"what would make it fit\n{_indented(listed)}\n{_indented(_verdict(advice, asked))}"
+    return f"what would make it fit\n{_indented(listed)}\n{_indented(_verdict(advice))}"
 
 
-def _verdict(advice: Advice, asked: TrainingPlan) -> str:
+def _verdict(advice: Advice) -> str:
     if advice.plan is None or advice.needed_bytes is None:
         return "none of them does"
-    how = "; ".join(change.how for change in advice.changes)
-    if advice.plan.micro_batch_size != asked.micro_batch_size:
-        how += f" ({advice.plan.micro_batch_size} × {advice.plan.grad_accum_steps})"
+    how = " ".join(change.flags(advice.plan) for change in advice.changes)
     return f"together {text.size(advice.needed_bytes)}: {how}"
 
 

@@ -256,7 +256,7 @@ def subline(report: PreflightReport) -> str:
         "" if plan.autocast in (None, plan.weights) else f"{plan.autocast} autocast",
         plan.optimizer,
         "checkpointing" if plan.checkpointing else "",
-        "chunked loss" if plan.chunked_loss else "",
+        "chunked loss" if plan.loss_chunk_tokens else "",
         "CPU offload" if plan.offload else "",
     ]
     return ", ".join(fact for fact in facts if fact)

@@ -20,6 +20,7 @@ _NOTABLE_TOO = frozenset({"stop_requested", "run_finished"})
 _IN_A_ROW = frozenset({"step_skipped", "checkpoint_failed"})
 """Events whose sentence counts its predecessors: only the last of a row is worth a line."""
 _COUNTED = {
+    "data_skipped": "data left out",
     "resumed": "resumes",
     "thermal_pause": "thermal pauses",
     "memory_pressure": "memory pressure",

@@ -11,12 +11,12 @@ from trainwarden.report import text
 from trainwarden.report.history import INTERVENTIONS, History, marks, sparkline
 from trainwarden.runs import RunManifest, RunRecord
 
-_RIGHT = frozenset({"STEPS", "SKIPPED", "SHRINKS", "LOSS", "EXIT"})
+_RIGHT = frozenset({"STEPS", "SKIPPED", "SHRINKS", "LEFT-OUT", "LOSS", "EXIT"})
 
 
 def runs_table(records: Sequence[RunRecord]) -> str:
-    """One line a run, in the order given."""
-    headers = ("RUN", "STATUS", "STARTED (UTC)", "STEPS", "SKIPPED", "SHRINKS", "LOSS", "EXIT", "DIRECTORY")
+    """One line a run, in the order given. ``LEFT-OUT``: samples and batches that could not be loaded."""
+    headers = ("RUN", "STATUS", "STARTED (UTC)", "STEPS", "SKIPPED", "SHRINKS", "LEFT-OUT", "LOSS", "EXIT", "DIRECTORY")
     return text.table(headers, [_row(record) for record in records], _RIGHT)
 
 
@@ -28,6 +28,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
         _brief(record.steps_completed),
         _brief(record.steps_skipped),
         _brief(record.shrinks),
+        _brief(record.data_skipped),
         "-" if record.final_loss is None else text.number(record.final_loss),
         _brief(record.exit_code),
         record.path,
@@ -81,6 +82,7 @@ def _outcome(record: RunRecord | None, history: History) -> list[tuple[str, str]
         ("steps", steps),
         ("skipped", text.count(record.steps_skipped if record else None)),
         ("shrinks", text.count(record.shrinks if record else None)),
+        ("left out", text.count(record.data_skipped if record else None)),
         ("last loss", text.number(record.final_loss if record else None)),
         ("checkpoint", text.word(checkpoint)),
     ]

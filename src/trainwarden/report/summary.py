@@ -13,7 +13,7 @@ def summary_text(result: Mapping[str, Any]) -> str:
 
     Args:
         result: what ``TrainResult.to_dict()`` gives. What it does not hold is unknown; ``eval_loss`` and
-            ``model_path`` are left out where they were not asked for.
+            ``model_path`` are left out where they were not asked for, as are returns where there were none.
     """
     rows = [
         ("status", text.word(result.get("status"))),
@@ -22,12 +22,18 @@ def summary_text(result: Mapping[str, Any]) -> str:
         ("steps", text.count(result.get("steps_completed"))),
         ("skipped", text.count(result.get("steps_skipped"))),
         ("shrinks", text.count(result.get("shrinks"))),
+        ("left out", text.count(result.get("data_skipped"))),
         ("tokens", text.count(result.get("tokens"))),
         ("first loss", text.number(result.get("first_loss"))),
         ("final loss", text.number(result.get("final_loss"))),
         ("best loss", text.number(result.get("best_loss"))),
-        ("mean loss", text.number(result.get("mean_loss"))),
+        ("mean loss", text.number(result.get("mean_loss")) + _without(result.get("steps_skipped"))),
     ]
+    if result.get("global_batch_size") is not None:
+        ranks = result.get("world_size") or 1
+        rows.insert(4, ("rows a step", text.count(result["global_batch_size"]) + (f" on {ranks} ranks" * (ranks > 1))))
+    if result.get("rollbacks"):
+        rows.insert(4, ("went back", text.count(result["rollbacks"])))
     if result.get("eval_loss") is not None:
         rows.append(("evaluation loss", text.number(result["eval_loss"])))
     rows += [
@@ -39,3 +45,10 @@ def summary_text(result: Mapping[str, Any]) -> str:
         rows.append(("model", text.word(result["model_path"])))
     rows.append(("exit code", text.word(result.get("exit_code"))))
     return text.pairs(rows)
+
+
+def _without(skipped: int | None) -> str:
+    """What a mean leaves out, where it leaves something out."""
+    if not skipped:
+        return ""
+    return f" (without {text.count(skipped)} skipped step{'s' * (skipped > 1)})"

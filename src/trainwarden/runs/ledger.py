@@ -54,6 +54,7 @@ class RunRecord:
     steps_completed: int | None = None
     steps_skipped: int | None = None
     shrinks: int | None = None
+    data_skipped: int | None = None
     final_loss: float | None = None
     exit_code: int | None = None
     code: str | None = None
@@ -147,6 +148,7 @@ class Ledger:
         steps_completed: int | None = None,
         steps_skipped: int | None = None,
         shrinks: int | None = None,
+        data_skipped: int | None = None,
         final_loss: float | None = None,
         exit_code: int | None = None,
         code: str | None = None,
@@ -154,12 +156,14 @@ class Ledger:
     ) -> None:
         """A run ended, and how. ``None`` stays unknown; NaN stays NaN.
 
+        ``data_skipped``: samples and whole batches left out on all ranks because they could not be loaded.
+
         A start that found nothing left to do saw no loss: the one known from before stays.
         """
         self._write(
             """
             UPDATE runs SET status = :status, ended_at = :now, steps_completed = :steps_completed,
-                steps_skipped = :steps_skipped, shrinks = :shrinks,
+                steps_skipped = :steps_skipped, shrinks = :shrinks, data_skipped = :data_skipped,
                 final_loss = coalesce(:final_loss, final_loss),
                 exit_code = :exit_code, code = :code, checkpoint_path = :checkpoint_path
             WHERE run_id = :run_id
@@ -171,6 +175,7 @@ class Ledger:
                 "steps_completed": steps_completed,
                 "steps_skipped": steps_skipped,
                 "shrinks": shrinks,
+                "data_skipped": data_skipped,
                 "final_loss": None if final_loss is None else _as_text(final_loss),
                 "exit_code": exit_code,
                 "code": code,
@@ -332,8 +337,10 @@ def _connect_for_reading(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"{location}?mode=ro", uri=True, timeout=_BUSY_S)
     try:
         connection.execute("PRAGMA user_version").fetchone()
-    except sqlite3.OperationalError:
+    except sqlite3.OperationalError as error:
         connection.close()
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise  # what somebody is writing must not be read as if nobody did
         # In a directory that cannot be written SQLite cannot make the files that WAL needs even for reading.
         connection = sqlite3.connect(f"{location}?immutable=1", uri=True, timeout=_BUSY_S)
     return connection

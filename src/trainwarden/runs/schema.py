@@ -42,5 +42,6 @@ MIGRATIONS: list[tuple[str, ...]] = [
         )
         """,
     ),
+    ("ALTER TABLE runs ADD COLUMN data_skipped INTEGER",),
 ]
 """Version ``n`` of ``PRAGMA user_version`` is the state after the first ``n`` entries."""

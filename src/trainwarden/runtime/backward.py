@@ -22,7 +22,7 @@ from trainwarden.guards.ladder import REMEDIES, AnyRemedy, Remedy, Rung, Trouble
 from trainwarden.guards.memory_plan import Size
 from trainwarden.guards.oom import OOMPolicy, is_out_of_memory, part_sizes
 from trainwarden.runtime import split as splitting
-from trainwarden.runtime.exchange import GradientExchange
+from trainwarden.runtime.exchange import GradientExchange, lone_replicas, silenced
 from trainwarden.runtime.fsdp import ShardedPasses
 from trainwarden.runtime.meter import meter_of
 from trainwarden.runtime.plan import MicroBatchPlan as MicroBatchPlan
@@ -31,6 +31,10 @@ from trainwarden.runtime.release import release_memory
 from trainwarden.runtime.shortage import Shortage, more_memory
 
 ComputeLoss = Callable[[Any], torch.Tensor]
+
+UNKNOWN = torch.tensor(float("nan"))
+"""A loss or norm of a rank that ran out of memory and leaves soon with all others. Made now: then may be too late."""
+_NO_LOSS = torch.tensor(0.0)
 
 
 @dataclass(slots=True)
@@ -101,6 +105,7 @@ class SplitBackward:
         self._verify = verify
         self._on_shrink = on_shrink
         self._exchange = exchange
+        self._lone = lone_replicas(models)
         self._settle = settle
         self._on_grow = on_grow
         self._on_remedy = on_remedy
@@ -110,7 +115,9 @@ class SplitBackward:
         self._foretold = False
         self._checked_ahead = False
         self.loss_of_ranks: torch.Tensor | None = None
-        """Sum of all ranks' losses of the last synchronised `run`: not finite when one of them is not."""
+        """Sum of all ranks' losses up to the last synchronised `run`: not finite when one of them is not."""
+        self._losses_ahead: torch.Tensor | None = None
+        self._failure_ahead: WardenError | None = None
 
     def shrink_ahead(self) -> None:
         """The next batch is to be run in smaller parts, before memory runs out."""
@@ -124,6 +131,9 @@ class SplitBackward:
             SplitRefusedError: a split is needed and would change what is trained.
         """
         if self._exchange is None:
+            if self._lone:
+                with silenced(self._lone):
+                    return self._run_parts(compute_loss, batch, weight, None)
             if not self._sharded.present:
                 return self._run_parts(compute_loss, batch, weight, None)
             with self._sharded.gradients_set_aside(self._leaves()):
@@ -132,20 +142,39 @@ class SplitBackward:
         with self._exchange.held():
             if wanted:
                 return self._run_in_step(self._exchange, compute_loss, batch, weight)
-            return self._run_parts(compute_loss, batch, weight, None)
+            return self._run_ahead(compute_loss, batch, weight)
+
+    def _run_ahead(self, compute_loss: ComputeLoss, batch: Any, weight: splitting.Weight | None) -> torch.Tensor:
+        """`run` of an accumulation window before the call in which the ranks meet, and judge all its losses together.
+
+        A rank that fails here cannot leave alone, because the others will wait for it: its failure is kept until then,
+        and the loss that it returns is NaN.
+        """
+        if self._failure_ahead is None:
+            try:
+                loss = self._run_parts(compute_loss, batch, weight, None)
+                self._losses_ahead = loss if self._losses_ahead is None else self._losses_ahead + loss
+                self.loss_of_ranks = torch.zeros_like(loss)
+                return loss
+            except WardenError as error:
+                self._failure_ahead = error
+        self.loss_of_ranks = _NO_LOSS
+        return UNKNOWN
 
     def _run_in_step(
         self, exchange: GradientExchange, compute_loss: ComputeLoss, batch: Any, weight: splitting.Weight | None
     ) -> torch.Tensor:
         """`run` on one of several ranks: the gradients are averaged, and all go on or leave together."""
-        failure: WardenError | None = None
+        failure, self._failure_ahead = self._failure_ahead, None
+        ahead, self._losses_ahead = self._losses_ahead, None
         total: torch.Tensor | None = None
         exchange.begin()
-        try:
-            total = self._run_parts(compute_loss, batch, weight, exchange)
-        except WardenError as error:
-            failure = error
-        self.loss_of_ranks = exchange.finish(total)
+        if failure is None:
+            try:
+                total = self._run_parts(compute_loss, batch, weight, exchange)
+            except WardenError as error:
+                failure = error
+        self.loss_of_ranks = exchange.finish(total if total is None or ahead is None else total + ahead)
         self._settle(self.plan.shrinks_this_step > 0, failure)
         assert total is not None
         return total
@@ -171,8 +200,9 @@ class SplitBackward:
         while parts:
             part = parts.popleft()
             sending = exchange if not parts else None
-            before = [] if fresh and not sending else self._gradient_marks()
-            rng = start if total is None or (fresh and not sending) else capture_rng()
+            from_start = fresh and not sending and not (exchange and exchange.begun_sending)  # a failure begins again
+            before = [] if from_start else self._gradient_marks()
+            rng = start if total is None or from_start else capture_rng()
             self.plan.begin_attempt(part.size)
             with sending.sending() if sending else _NOTHING:
                 loss, failure = self._attempt(compute_loss, part)
@@ -297,7 +327,7 @@ class SplitBackward:
                 rows=size.rows,
                 memory=failure.memory,
                 shrinks_this_step=plan.shrinks_this_step,
-                released=plan.released,
+                released=plan.released or self._lockstep is not None,  # a restart releases everything anyway
                 remedies=left,
             ),
         )

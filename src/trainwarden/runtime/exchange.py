@@ -11,7 +11,7 @@ sent stay right. The other ranks wait in their all-reduce meanwhile: nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,9 @@ class GradientExchange:
         """Whether this backward synchronises: the user is not inside ``no_sync`` (part of an accumulation window)."""
         return any(model.require_backward_grad_sync for model in self._models)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """DDP's own communication, of gradients and buffers, is off inside."""
-        with ExitStack() as stack:
-            for model in self._models:
-                stack.enter_context(model.no_sync())
-                stack.callback(setattr, model, "require_forward_param_sync", model.require_forward_param_sync)
-                model.require_forward_param_sync = False
-            yield
+        return silenced(self._models)
 
     # -- one exchange --------------------------------------------------------------------------------------------
 
@@ -178,6 +172,23 @@ class GradientExchange:
         for index, (parameter, mean) in enumerate(zip(bucket.parameters, means, strict=True)):
             if parameter.grad is None and float(holders[index]):
                 parameter.grad = mean.clone()
+
+
+@contextmanager
+def silenced(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """DDP's own communication, of gradients and buffers, is off inside: its reducer does not see the passes."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.no_sync())
+            stack.callback(setattr, model, "require_forward_param_sync", model.require_forward_param_sync)
+            model.require_forward_param_sync = False
+        yield
+
+
+def lone_replicas(models: Sequence[nn.Module]) -> list[DistributedDataParallel]:
+    """Those of ``models`` that are DDP with one process in the group: nothing to exchange, and a reducer in the way."""
+    found = [model for model in models if isinstance(model, DistributedDataParallel)]
+    return [model for model in found if dist.get_world_size(model.process_group) == 1]
 
 
 def exchange_of(models: Sequence[nn.Module], say: Callable[[str], None]) -> GradientExchange | None:

@@ -5,29 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from trainwarden.device import Sampler
-from trainwarden.errors import InvalidSettingError, install_excepthook
+from trainwarden.errors import GPUMemoryError, InvalidSettingError, RollbackNeededError, install_excepthook
 from trainwarden.events import EvaluationShrunk, Event, Notice, Observer, announce
+from trainwarden.guards.collapse import CollapsePolicy
+from trainwarden.guards.data import DataPolicy
 from trainwarden.guards.finite import FinitePolicy
 from trainwarden.guards.hardware import HardwarePolicies
+from trainwarden.guards.ladder import REMEDIES, Remedy
 from trainwarden.guards.oom import OOMPolicy
-from trainwarden.runtime.backward import ComputeLoss
+from trainwarden.guards.rollback import RollbackPolicy
+from trainwarden.guards.spikes import SpikePolicy
+from trainwarden.runtime.backward import UNKNOWN, ComputeLoss
+from trainwarden.runtime.clipping import Clipping
+from trainwarden.runtime.data_errors import DataErrors
 from trainwarden.runtime.evaluation import Evaluate, Evaluation
 from trainwarden.runtime.journal import open_journal
 from trainwarden.runtime.keeper import CheckpointPolicy
+from trainwarden.runtime.numbers import NumberPolicies
 from trainwarden.runtime.phases import SWITCHED_OFF, attempt, clip_grad_norm
+from trainwarden.runtime.policies import Policies, Progress, Resume
 from trainwarden.runtime.ranks import DEFAULT_DEADLINE_S, current_ranks
-from trainwarden.runtime.session import Policies, Progress, Resume, Session
+from trainwarden.runtime.representation import Representation, Source
+from trainwarden.runtime.session import Session
 from trainwarden.runtime.sharded import is_sharded
 from trainwarden.runtime.split import Split, Weight
 from trainwarden.runtime.watched import Watched
 
 DEFAULT_HARDWARE = HardwarePolicies()
+DEFAULT_DATA = DataPolicy()
+DEFAULT_ROLLBACK = RollbackPolicy()
+DEFAULT_COLLAPSE = CollapsePolicy()
 
 T = TypeVar("T")
 
@@ -48,6 +62,9 @@ class Guard:
         oom_recovery: finish a step that runs out of memory with smaller micro-batches.
         max_shrinks: consecutive shrinks of one step before `GPUMemoryError`.
         max_skipped_in_a_row: steps in a row skipped for a non-finite loss or gradient before `NaNLossError`.
+        finite: everything about such steps, in place of ``max_skipped_in_a_row``.
+        spikes: what is done about spikes of the loss and the gradient norm; ``None`` looks for none.
+        rollback: how the run goes back where ``finite`` or ``spikes`` have the action ``rollback``.
         checkpoint_every_steps: steps between checkpoints; ``None``: by time alone.
         checkpoint_every_s: seconds between checkpoints; ``None``: by steps alone.
         keep_last: verified checkpoints that are kept.
@@ -61,6 +78,10 @@ class Guard:
         save_frozen: whether checkpoints hold parameters that need no gradient.
         hardware: what is done about heat, memory pressure, damage and silence of the GPUs in use; ``None`` leaves
             them alone. A hot device pauses the run at a step boundary, after a checkpoint.
+        remedies: what may be done when a batch does not fit however it is split, each called once, in this order:
+            ``enable_checkpointing`` (of activations), ``offload_optimizer``. A run that needed one is resumed with it.
+        data: how much of the data may be left out because it cannot be read, decoded or collated, and how long worker
+            processes may be silent, before `DataLoaderError`; ``None`` lets every error through as it is.
         sampler: where device readings come from; by default NVML, when any parameter is on a GPU.
         observers: callables that take one `Event`; ``None``: notices and warnings as lines on stderr.
         command: command line that starts the run again; by default this process's own.
@@ -79,6 +100,9 @@ class Guard:
         oom_recovery: bool = True,
         max_shrinks: int = 3,
         max_skipped_in_a_row: int = 5,
+        finite: FinitePolicy | None = None,
+        spikes: SpikePolicy | None = None,
+        rollback: RollbackPolicy = DEFAULT_ROLLBACK,
         checkpoint_every_steps: int | None = None,
         checkpoint_every_s: float | None = 600.0,
         keep_last: int = 2,
@@ -88,6 +112,8 @@ class Guard:
         split_check: Literal["verify", "trust"] = "verify",
         save_frozen: bool = True,
         hardware: HardwarePolicies | None = DEFAULT_HARDWARE,
+        remedies: Mapping[Remedy, Callable[[], None]] | None = None,
+        data: DataPolicy | None = DEFAULT_DATA,
         sampler: Sampler | None = None,
         observers: Iterable[Observer] | None = None,
         command: Sequence[str] | None = None,
@@ -103,7 +129,7 @@ class Guard:
         self.run_dir = Path(run_dir)
         self._policies = Policies(
             oom=OOMPolicy(bool(oom_recovery), max_shrinks),
-            finite=FinitePolicy(max_skipped_in_a_row),
+            numbers=NumberPolicies(finite or FinitePolicy(max_skipped_in_a_row), spikes, rollback),
             checkpoint=CheckpointPolicy(checkpoint_every_steps, checkpoint_every_s, keep_last),
             resume=resume,
             accept_changes=tuple(accept_changes),
@@ -111,15 +137,21 @@ class Guard:
             verify_split=split_check == "verify",
             save_frozen=save_frozen,
             hardware=hardware,
+            remedies=_checked_remedies(remedies or {}),
+            data=data,
         )
         self._sampler = sampler
         self._progress = Progress()
+        self._learned: dict[str, Any] | None = None
         self._observers = (announce,) if observers is None else tuple(observers)
         self._command = command
         self._config = config
         self._rank_deadline_s = rank_deadline_s
         self._clock = clock
         self._session: Session | None = None
+        self._data: DataErrors | None = None
+        self._representations: list[Representation] = []
+        self._described: Mapping[str, Any] | None = None
         self._evaluation = Evaluation(
             recover=self._policies.oom.enabled,
             split=split,
@@ -138,6 +170,11 @@ class Guard:
     def steps_skipped(self) -> int:
         """Steps whose update was left out because a loss or gradient was not finite."""
         return self._progress.steps_skipped
+
+    @property
+    def data_skipped(self) -> int:
+        """Samples, and whole batches, left out on this rank since the run began because they could not be loaded."""
+        return self._data.count if self._data else 0
 
     @property
     def epoch(self) -> int:
@@ -159,6 +196,11 @@ class Guard:
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint written or loaded, verified."""
         return self._progress.newest_checkpoint
+
+    @property
+    def stop_requested(self) -> str | None:
+        """Name of the signal that has asked for a stop and is not served yet."""
+        return self._session.stop.reason if self._session else None
 
     @property
     def run_id(self) -> str | None:
@@ -203,9 +245,16 @@ class Guard:
             sampler=self._sampler,
             # Of no interest to `announce` nor to the event log, and not free.
             tell_steps=any(observer is not announce for observer in self._observers),
+            representations=self._representations,
+            fingerprint=self._described,
         )
+        self._described = None
+        self._data = session.data
         try:
             session.begin()
+            if self._learned is not None:
+                self._progress.plan.load_state_dict(self._learned)
+                self._learned = None
             yield self
             session.end()
         except BaseException as error:
@@ -214,10 +263,22 @@ class Guard:
                 session.fail(lost)
                 raise lost from error
             session.fail(error)
+            if isinstance(error, RollbackNeededError):
+                self._described = session.described  # the live learning rate has moved, which is no other run
             raise
         finally:
             self._session = None
             ranks.close()
+
+    def go_back(self) -> None:
+        """After a `watch` that failed: the next one, of the same objects, continues from the newest checkpoint.
+
+        Whatever ``resume`` says; where there is none it begins, and the objects have to be what they were then. What
+        was learned about memory is kept.
+        """
+        self._policies = replace(self._policies, resume="auto")
+        self._learned = self._progress.plan.state_dict()
+        self._progress = Progress()
 
     def foretell(self, rows: int) -> None:
         """Says, before `watch`, that micro-batches of at most ``rows`` rows are predicted to fit and larger ones not.
@@ -233,7 +294,11 @@ class Guard:
 
         Raises:
             TrainingAbortedError: after SIGINT or SIGTERM, with a checkpoint of the last step.
-            NaNLossError: too many steps in a row were skipped.
+            NaNLossError: too many steps, in a row or of the last ones, were skipped.
+            LossSpikeError, CollapseDetectedError: a detector's policy says to end the run.
+            StateNotFiniteError: weights or optimizer state are not finite, so that they cannot be saved.
+            RollbackNeededError: the run goes back; entering ``watch`` again, here or in a new process, does it.
+            DataLoaderError: too much of the data could not be read, or the loader cannot go on.
             ResumeMismatchError: loader or ``max_steps`` are not the saved run's.
         """
         session = self._watching("batches")
@@ -302,18 +367,54 @@ class Guard:
 
         Raises:
             GPUMemoryError: memory ran out again after it was released; the gradients are then of no use, the weights
-                those of the last step.
+                those of the last step. On one of several ranks of a DDP model it is raised on all of them together, at
+                their next vote.
             RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
         """
-        return clip_grad_norm(
-            parameters,
-            max_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite,
-            foreach=foreach,
-            recover=self._policies.oom.enabled,
-            say=self._notice,
-        )
+        try:
+            return clip_grad_norm(
+                parameters,
+                max_norm,
+                norm_type=norm_type,
+                error_if_nonfinite=error_if_nonfinite,
+                foreach=foreach,
+                recover=self._policies.oom.enabled,
+                say=self._notice,
+                keep=self._session.steps.note_clipping if self._session else _forget,
+            )
+        except GPUMemoryError as error:
+            if self._session is None or not self._session.leave_later(error):
+                raise
+            return UNKNOWN
+
+    def watch_representation(
+        self,
+        name: str,
+        source: Source,
+        *,
+        policy: CollapsePolicy = DEFAULT_COLLAPSE,
+        reference: Source | None = None,
+    ) -> None:
+        """Measures now and then whether a representation degenerates, and ends the run if it does.
+
+        Call it once, before ``watch`` or inside it. Nothing is done on the steps between two measurements.
+
+        Args:
+            name: for people, such as ``"encoder"``.
+            source: a module, whose (first) output in the steps that are measured is taken, ``[…, dimensions]``, or a
+                callable without arguments that returns ``[samples, dimensions]``, for instance of a held-out batch; it
+                is called between two steps without gradients, and may draw random numbers. Give a callable for a
+                compiled module.
+            policy: how often, and what is a collapse.
+            reference: where the targets come from that the representation predicts; its variance is compared with
+                theirs then, instead of with its own first.
+
+        Raises:
+            InvalidSettingError: the name is taken, or, once measured, the output holds no samples.
+        """
+        if any(one.name == name for one in self._representations):
+            raise InvalidSettingError(setting="watch_representation(name=)", value=name, expected="a free name")
+        self._representations.append(Representation(name, source, policy, reference))
 
     def evaluate(self, fn: Evaluate, loader: Iterable[Any], weight: Weight | None = None) -> float | dict[str, float]:
         """The weighted mean of ``fn(batch)`` over all batches of ``loader``, in smaller parts when memory runs out.
@@ -367,9 +468,21 @@ class Guard:
         self.emit(Notice(step=self.steps_completed, text=text))
 
 
+def _forget(_clipping: Clipping) -> None:
+    pass
+
+
 def _check_count(setting: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidSettingError(setting=setting, value=value, expected=f"a whole number of at least {least}")
+
+
+def _checked_remedies(remedies: Mapping[Remedy, Callable[[], None]]) -> dict[Remedy, Callable[[], None]]:
+    for name, remedy in remedies.items():
+        if name not in REMEDIES or not callable(remedy):
+            expected = f"callables without arguments, by the names {' and '.join(REMEDIES)}"
+            raise InvalidSettingError(setting="remedies", value=name, expected=expected)
+    return dict(remedies)
 
 
 def _check_choice(setting: str, value: Any, choices: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trainwarden.errors import WardenError, exit_status
 from trainwarden.events import Observer
 from trainwarden.runs import EventLog, Ledger, RunDirectory
+from trainwarden.runs.error_log import ERRORS_NAME, read_errors
 from trainwarden.runtime.ranks import Ranks
 
 EXIT_INTERRUPTED = 130
@@ -79,8 +80,10 @@ class RunJournal:
     ) -> None:
         """Closes everything. ``figures``: steps_completed, steps_skipped, shrinks, final_loss, checkpoint_path."""
         if self._ledger:
+            left_out = read_errors(self._directory.path / ERRORS_NAME)
             self._ledger.finished(
                 self.run_id,
+                data_skipped=sum(1 for _ in left_out),
                 status=status,
                 exit_code=_exit_code(error),
                 code=error.code if isinstance(error, WardenError) else None,

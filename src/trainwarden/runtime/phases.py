@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainwarden.checkpoint.rng import capture_rng, restore_rng
+from trainwarden.runtime.clipping import Clipping, measured
 from trainwarden.runtime.release import release_memory
 from trainwarden.runtime.sharded import is_sharded
 from trainwarden.runtime.shortage import Shortage, attempted, more_memory
@@ -72,11 +73,13 @@ def clip_grad_norm(
     foreach: bool | None,
     recover: bool,
     say: Callable[[str], None],
+    keep: Callable[[Clipping], None] = lambda _clipping: None,
 ) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_`, bit for bit, in pieces of which each changes everything of it or nothing.
 
     Computing the norm changes nothing. Scaling makes its factor first, once for each device and type of gradient, and
-    then multiplies in place, which takes no memory: so those are scaled one kind after the other.
+    then multiplies in place, which takes no memory: so those are scaled one kind after the other. ``keep`` is handed
+    what was measured, for the check before the step.
 
     Raises `GPUMemoryError` and, with ``error_if_nonfinite``, `RuntimeError`.
     """
@@ -87,16 +90,19 @@ def clip_grad_norm(
     if any(map(is_sharded, gradients)):
         refusal = "the norm of distributed gradients needs every rank at once"
 
-    def norm() -> Tensor:
-        return torch.nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite, foreach)
+    def norm() -> tuple[Tensor, Clipping | None]:
+        return measured(gradients, norm_type, error_if_nonfinite, foreach)
 
-    total = attempt(CLIPPING, norm, refusal=refusal, say=say, draws=False)
+    total, clipping = attempt(CLIPPING, norm, refusal=refusal, say=say, draws=False)
     for kind in _by_kind(chosen):
 
         def scale(kind: list[Tensor] = kind) -> None:
             torch.nn.utils.clip_grads_with_norm_(kind, max_norm, total, foreach)
 
         attempt(CLIPPING, scale, refusal=refusal, say=say, draws=False)
+    if clipping is not None:
+        clipping.seal()
+        keep(clipping)
     return total
 
 

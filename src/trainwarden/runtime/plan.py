@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,10 +182,10 @@ class MicroBatchPlan:
         self.shrinks_this_step += 1
         return self.choice
 
-    def learn(self, failed: Size, fits: Size) -> None:
-        """Takes over the `lesson` of another rank, whose device is like this one's."""
+    def learn(self, lessons: Sequence[tuple[Size, Size]]) -> None:
+        """Takes over the `lesson` of every rank that had one: their devices are like this one's."""
         self._quiet_batches, self._climbing = 0, False
-        self.bounds = self.bounds.with_failure(failed).with_fit(fits)
+        self.bounds = self.bounds.with_lessons(lessons)
 
     @property
     def released(self) -> bool:

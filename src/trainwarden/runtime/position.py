@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trainwarden.checkpoint.rng import capture_rng, restore_rng
 from trainwarden.errors import DatasetError, InvalidSettingError
+from trainwarden.runtime.data_errors import DataErrors, Place
+from trainwarden.runtime.data_faults import raised_by_sample
+from trainwarden.runtime.unreadable import Partial, reporting
 
 
 class DataPosition:
@@ -25,23 +29,33 @@ class DataPosition:
     Args:
         loader: a ``DataLoader`` or any re-iterable. A one-shot iterator is refused (``InvalidSettingError``).
         say: called with a sentence when the way back to a position is not O(1) or not exact.
+        errors: what is done about batches that cannot be loaded; ``None`` raises what they raise. A batch that is left
+            out counts as taken, so that a resumed run leaves it out at the same place.
 
-    Raises `DatasetError` while iterating when an epoch yields nothing.
+    Raises `DatasetError` while iterating when an epoch yields nothing, and `DataLoaderError` as `DataErrors` says.
     """
 
-    def __init__(self, loader: Iterable[Any], *, say: Callable[[str], None]) -> None:
+    def __init__(self, loader: Iterable[Any], *, say: Callable[[str], None], errors: DataErrors | None = None) -> None:
         if isinstance(loader, Iterator):
             raise InvalidSettingError(
                 setting="loader",
                 value=type(loader).__name__,
                 expected="something that can be iterated again, such as a DataLoader or a list",
             )
-        self.loader = loader
-        self._source = loader
+        self.loader: Iterable[Any] = loader if errors is None else reporting(loader)
+        self._source = self.loader
         self.epoch = 0
         self.batch_index = 0
+        self._batches_before = 0
+        self._errors = errors
+        if errors is not None:
+            fetching = (DataPosition._start.__code__, DataPosition._next.__code__)
+            errors.begin_loader(self.loader, of_user=loader, fetching=fetching)
         self._say = say
-        self._streams_at_opening: dict[str, Any] = {}
+        self.leave_out: Callable[[int, int], bool] | None = None
+        """Whether the batch of this epoch and index is read and dropped instead of yielded."""
+        self.streams_at_opening: dict[str, Any] = {}
+        """The random streams when the iterator of this epoch was opened; empty before the first one is."""
         self._resume_from: Mapping[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,45 +64,122 @@ class DataPosition:
             "epoch": self.epoch,
             "batch_index": self.batch_index,
             "batches": batches_an_epoch(self.loader),
-            "streams_at_opening": self._streams_at_opening,
-            "streams": _capture_streams(self.loader),
+            "streams_at_opening": self.streams_at_opening,
+            "streams": capture_streams(self.loader),
+            "batches_before": self._batches_before,
         }
+        if self._errors is not None:
+            state["left_out"] = self._errors.state_dict()
         if _is_stateful(self.loader):
             state["loader"] = self.loader.state_dict()  # type: ignore[attr-defined]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.batch_index = state["epoch"], state["batch_index"]
+        self._restore_left_out(state)
         self._resume_from = state
 
     def restore_streams(self, state: Mapping[str, Any]) -> None:
         """Puts the random streams back as they were at a saved position, for a run that needs no more batches."""
-        _restore_streams(self.loader, state["streams"])
+        restore_streams(self.loader, state["streams"])
+        self._restore_left_out(state)
+
+    def _restore_left_out(self, state: Mapping[str, Any]) -> None:
+        self._batches_before = state.get("batches_before", 0)
+        if self._errors is not None and "left_out" in state:
+            self._errors.load_state_dict(state["left_out"])
 
     def __iter__(self) -> Iterator[Any]:
         while True:
             skipped = self.batch_index if self._resume_from else 0
-            iterator = self._reopened(self._resume_from) if self._resume_from else self._opened()
-            self._resume_from = None
-            for batch in iterator:
+            iterator = self._open()
+            failed = False
+            while True:
+                if self._errors is not None and (self._errors.ending or self._errors.deaths.noted):
+                    self._errors.end(self._place())
+                batch = self._next(iterator)
+                if type(batch) is _Failure:
+                    if self._is_end(batch.error):
+                        break
+                    self._leave_out(batch.error, iterator)
+                    failed = True
+                    continue
+                failed = False
+                if type(batch) is Partial:
+                    batch = self._readable_part(batch)
                 self.batch_index += 1
+                if batch is None or (self.leave_out and self.leave_out(self.epoch, self.batch_index - 1)):
+                    continue
                 yield batch
+            if failed and self._errors is not None:
+                self._errors.ended_after_failure(self._place(-1))
             if self.batch_index == 0 and not skipped:
                 raise DatasetError(problem=f"an epoch of the {type(self.loader).__name__} yielded no batch")
             self.epoch += 1
+            self._batches_before += self.batch_index
             self.batch_index = 0
+
+    # -- batches that cannot be loaded ---------------------------------------------------------------------------
+
+    def _next(self, iterator: Iterator[Any]) -> Any:
+        """The next batch, or a `_Failure`."""
+        try:
+            return next(iterator)
+        except Exception as error:  # noqa: BLE001 - boundary: whatever data sets and decoders may raise
+            return _Failure(error)
+
+    def _is_end(self, error: Exception) -> bool:
+        """Whether the epoch is over; a ``StopIteration`` that a sample raised only looks like it."""
+        return isinstance(error, StopIteration) and (self._errors is None or not raised_by_sample(error))
+
+    def _leave_out(self, error: Exception, iterator: Iterator[Any]) -> None:
+        """Leaves out the batch that raised ``error``, or raises."""
+        if self._errors is None:
+            raise error
+        self._errors.batch_failed(error, iterator, self._place())
+        self.batch_index += 1
+        # Its frames hold the loader's iterator in a circle: the workers would live on until the garbage collector runs.
+        error.__traceback__ = None
+
+    def _readable_part(self, partial: Partial) -> Any:
+        """What is left of a batch in which samples are missing; ``None`` when nothing is."""
+        if self._errors is not None:
+            self._errors.samples_failed(partial, self._place())
+        return partial.batch
+
+    def _place(self, offset: int = 0) -> Place:
+        index = self.batch_index + offset
+        return Place(self.epoch, index, self._batches_before + index + 1)
 
     # -- opening an epoch ----------------------------------------------------------------------------------------
 
+    def _open(self) -> Iterator[Any]:
+        try:
+            iterator = self._start()
+        except RuntimeError as error:
+            if self._errors is not None:
+                self._errors.opening_failed(error, self._place())
+            raise
+        self._resume_from = None
+        if self._errors is not None:
+            self._errors.opened(iterator)
+        return iterator
+
+    def _start(self) -> Iterator[Any]:
+        return self._reopened(self._resume_from) if self._resume_from else self._opened()
+
     def _opened(self) -> Iterator[Any]:
         _set_epoch(self.loader, self.epoch)
-        self._streams_at_opening = _capture_streams(self.loader)
+        self.streams_at_opening = capture_streams(self.loader)
         return iter(self._source)
 
     def _reopened(self, state: Mapping[str, Any]) -> Iterator[Any]:
+        if not state["streams_at_opening"]:  # saved before the first batch was asked for
+            restore_streams(self.loader, state["streams"])
+            return self._opened()
         _set_epoch(self.loader, self.epoch)
-        self._streams_at_opening = state["streams_at_opening"]
-        _restore_streams(self.loader, self._streams_at_opening)
+        self.streams_at_opening = state["streams_at_opening"]
+        restore_streams(self.loader, self.streams_at_opening)
         if _is_stateful(self.loader):
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
             iterator = iter(self.loader)
@@ -98,7 +189,7 @@ class DataPosition:
             iterator = iter([self.loader[i] for i in range(self.batch_index, len(self.loader))])
         else:
             iterator = self._replay()
-        _restore_streams(self.loader, state["streams"])
+        restore_streams(self.loader, state["streams"])
         return iterator
 
     def _skip_indices(self, loader: DataLoader[Any]) -> Iterator[Any]:
@@ -107,7 +198,7 @@ class DataPosition:
         remaining = _RemainingIndices(getattr(loader, name), self.batch_index)
         if loader.persistent_workers and self.epoch > 0:
             # Persistent workers draw their seed once a run: a later epoch opens without that draw.
-            remaining.before = lambda: _restore_streams(loader, self._streams_at_opening)
+            remaining.before = lambda: restore_streams(loader, self.streams_at_opening)
         # DataLoader forbids assigning these after construction; a private copy may.
         vars(clone)[name] = remaining
         vars(clone)["_iterator"] = None
@@ -128,9 +219,23 @@ class DataPosition:
             "again to find the position"
         )
         iterator = iter(self.loader)
-        for _ in itertools.islice(iterator, self.batch_index):
-            pass
+        for index in range(self.batch_index):
+            batch = self._next(iterator)
+            if type(batch) is _Failure:
+                if self._is_end(batch.error):
+                    break
+                if self._errors is None:
+                    raise batch.error
+                # Left out then, and counted then.
+                self._errors.require_going_on(batch.error, iterator, self._place(index - self.batch_index))
         return iterator
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What an iterator raised instead of giving a batch."""
+
+    error: Exception
 
 
 def rescaled(position: Mapping[str, Any], batches: int | None) -> Mapping[str, Any]:
@@ -251,14 +356,16 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _capture_streams(loader: Any) -> dict[str, Any]:
+def capture_streams(loader: Any) -> dict[str, Any]:
+    """All random streams that may decide the loader's order: the global ones and its own."""
     return {
         "global": capture_rng(),
         "generators": [generator.get_state() for generator in _generators(loader)],
     }
 
 
-def _restore_streams(loader: Any, streams: Mapping[str, Any]) -> None:
+def restore_streams(loader: Any, streams: Mapping[str, Any]) -> None:
+    """Puts back what `capture_streams` returned."""
     restore_rng(streams["global"])
     for generator, state in zip(_generators(loader), streams["generators"], strict=True):
         generator.set_state(state)

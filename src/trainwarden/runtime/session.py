@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trainwarden.checkpoint import Checkpoint
 from trainwarden.device import Sampler
 from trainwarden.errors import (
+    DataLoaderError,
+    GPUMemoryError,
     InvalidSettingError,
-    NaNLossError,
     RankLostError,
     RestartNeededError,
+    RollbackNeededError,
     TrainingAbortedError,
     WardenError,
 )
@@ -26,61 +28,35 @@ from trainwarden.events import (
     RunFinished,
     RunStarted,
     StepCompleted,
-    StepSkipped,
     StopRequested,
 )
-from trainwarden.guards.finite import FinitePolicy
-from trainwarden.guards.hardware import HardwareGuard, HardwarePolicies
+from trainwarden.guards.hardware import HardwareGuard
 from trainwarden.guards.ladder import AnyRemedy
-from trainwarden.guards.oom import OOMPolicy
 from trainwarden.runtime import next_plan
-from trainwarden.runtime.backward import MicroBatchPlan, SplitBackward
+from trainwarden.runtime.backward import SplitBackward
+from trainwarden.runtime.data_errors import DataErrors
 from trainwarden.runtime.exchange import exchange_of
 from trainwarden.runtime.hardware import HardwareWatch, attend, cuda_indices
 from trainwarden.runtime.journal import FollowerJournal, RunJournal
-from trainwarden.runtime.keeper import CheckpointKeeper, CheckpointPolicy
+from trainwarden.runtime.keeper import CheckpointKeeper
 from trainwarden.runtime.lifeline import Lifeline
+from trainwarden.runtime.numbers import NumberWatch, place_of
 from trainwarden.runtime.phases import CHECKPOINT, attempt
+from trainwarden.runtime.policies import Policies, Progress
 from trainwarden.runtime.position import DataPosition, batches_an_epoch, describe_loader, rescaled
 from trainwarden.runtime.ranks import Ranks, Wish, is_rank_failure, leave_together, rank_lost
+from trainwarden.runtime.representation import Representation
+from trainwarden.runtime.returns import Returns
 from trainwarden.runtime.sharded import is_sharded
 from trainwarden.runtime.signals import StopSignals
-from trainwarden.runtime.split import Split
 from trainwarden.runtime.steps import StepWatch
 from trainwarden.runtime.watched import GUARD_PART, Watched
 
-Resume = Literal["auto", "never", "must"]
 Ending = Literal["finished", "stopped", "failed"]
 
 _NOTHING = Wish.NOTHING  # asking an enumeration for its member takes time, and this is asked every step
 MAX_BATCHES_WITHOUT_STEP = 10_000
 """More batches than any accumulation window: the loop steps an optimizer that the guard does not watch."""
-
-
-@dataclass(frozen=True)
-class Policies:
-    """What a guard was asked to do."""
-
-    oom: OOMPolicy
-    finite: FinitePolicy
-    checkpoint: CheckpointPolicy
-    resume: Resume
-    accept_changes: tuple[str, ...]
-    split: Split | None
-    verify_split: bool
-    save_frozen: bool
-    hardware: HardwarePolicies | None
-
-
-@dataclass
-class Progress:
-    """How far a run is. ``streak`` counts the bad steps in a row of this process."""
-
-    steps_completed: int = 0
-    steps_skipped: int = 0
-    streak: int = 0
-    newest_checkpoint: Path | None = None
-    plan: MicroBatchPlan = field(default_factory=MicroBatchPlan)
 
 
 class Session:
@@ -99,6 +75,8 @@ class Session:
         clock: Callable[[], float],
         sampler: Sampler | None,
         tell_steps: bool,
+        representations: list[Representation],
+        fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         self.policies = policies
         self.progress = progress
@@ -112,13 +90,20 @@ class Session:
         self.position: DataPosition | None = None
         self.batch_open = False
         self.stop = StopSignals()
+        self.numbers = NumberWatch(policies.numbers, representations, emit=emit, count_skipped=progress.count_skipped)
+        self.returns = Returns(policies.numbers.rollback, journal.path, journal.checkpoints, ranks)
         self.steps = StepWatch(
             watched,
             current_step=lambda: progress.steps_completed,
             recover=policies.oom.enabled,
             say=notice,
             on_finished=self._say_step_finished,
+            leave_later=self.leave_later,
+            detection=policies.numbers.finite.detection,
+            values=self.numbers.values,
         )
+        if self.steps.in_flight:
+            self.numbers.remember_places()
         self.keeper = CheckpointKeeper(journal.checkpoints, policies.checkpoint, emit=emit, clock=clock)
         self.exchange = exchange_of(list(watched.models.values()), notice)
         lockstep = ranks.world_size > 1 and any(is_sharded(leaf) for leaf in watched.leaves())
@@ -134,12 +119,17 @@ class Session:
             on_shrink=self._say_shrink,
             on_grow=self._say_growth,
             on_remedy=self._say_remedy,
+            remedies=policies.remedies,
             exchange=self.exchange,
             settle=self._settle,
             lockstep=ranks.largest if lockstep else None,
         )
         self.hardware = self._hardware_watch(sampler)
-        self._fingerprint: dict[str, Any] = {**watched.fingerprint(), "world_size": ranks.world_size}
+        self.data = DataErrors.of(policies.data, journal, ranks, step=lambda: progress.steps_completed, emit=emit)
+        self.described = fingerprint or {**watched.fingerprint(), "world_size": ranks.world_size}
+        """What decides the training besides data."""
+        self._fingerprint: dict[str, Any] = dict(self.described)
+        self._resume = "must" if fingerprint else policies.resume  # who has gone back in place continues
         self._saved_guard_state: Mapping[str, Any] | None = None
         self._phase = -1
         self._max_steps = 0
@@ -170,10 +160,10 @@ class Session:
             self._emit(RunStarted(step=0, run_id=self.journal.run_id, run_dir=str(self.journal.path)))
         else:
             self._take_over(checkpoint)
+        self.returns.begin(checkpoint, self.watched, self._emit)
         left = self.ranks.lead(lambda: next_plan.found(self.journal.path))
-        if left is not None and (self.progress.plan.limit is None or left < self.progress.plan.limit):
-            self.progress.plan.limit = left
-            self._notice(f"micro-batches of {left}: more did not fit in the last start")
+        if left is not None and left.teach(self.progress.plan):
+            self._notice(f"micro-batches of {left.rows}: more did not fit in the last start")
         self.journal.begin()
         if self.exchange:
             self.exchange.install()
@@ -191,7 +181,7 @@ class Session:
         found: list[Checkpoint] = []
 
         def find() -> Path | None:
-            checkpoint = self.keeper.find(self.policies.resume)
+            checkpoint = self.returns.found(lambda: self.keeper.find(self._resume))
             if checkpoint is not None:
                 found.append(checkpoint)
             return checkpoint.path if checkpoint else None
@@ -217,6 +207,7 @@ class Session:
         progress.steps_completed = saved["steps_completed"]
         progress.steps_skipped = saved["steps_skipped"]
         progress.plan.load_state_dict(saved["plan"])
+        self.numbers.load_state_dict(saved.get("numbers", {}))
         progress.newest_checkpoint = checkpoint.path
         self._saved_guard_state = saved
         self.keeper.announce_resume(checkpoint, self.journal.run_id, saved)
@@ -226,7 +217,7 @@ class Session:
         try:
             if self.batch_open:
                 self.close_batch()
-            self._leaving = self._count_bad_steps(wait=True)
+            self._leaving = self._leaving or self._look_at_numbers(wait=True)
             agreed = self.ranks.vote(self._wishes(self.progress.steps_completed))
             if Wish.LEAVE in agreed:
                 self._leave()
@@ -240,11 +231,12 @@ class Session:
     def fail(self, error: BaseException) -> None:
         self._unhook()
         if isinstance(error, RestartNeededError):
-            next_plan.leave(self.journal.path, self.ranks.rank, int(error.micro_batch_size))
+            lesson = self.progress.plan.lesson
+            next_plan.leave(self.journal.path, self.ranks.rank, int(error.micro_batch_size), lesson)
         if self.lifeline and not isinstance(error, RankLostError):
             self.lifeline.tell(error)
         code = error.code if isinstance(error, WardenError) else type(error).__name__
-        clean_stop = isinstance(error, (TrainingAbortedError, KeyboardInterrupt))
+        clean_stop = isinstance(error, (TrainingAbortedError, RollbackNeededError, KeyboardInterrupt))
         self._close("stopped" if clean_stop else "failed", code, error)
         if isinstance(error, WardenError):
             self._add_context(error)
@@ -268,11 +260,14 @@ class Session:
 
     def _unhook(self) -> None:
         self.steps.remove()
+        self.numbers.let_go()
         self.stop.remove()
         if self.exchange:
             self.exchange.remove()
         if self.lifeline:
             self.lifeline.close()
+        if self.data:
+            self.data.close()
         if self.hardware:
             self.hardware.close()
 
@@ -313,7 +308,7 @@ class Session:
         self._phase += 1
         self._max_steps = max_steps
         self._finished = False
-        self.position = DataPosition(loader, say=self._notice)
+        self.position = DataPosition(loader, say=self._notice, errors=self.data)
         facts = {f"loader.{key}": value for key, value in describe_loader(loader).items()}
         facts["max_steps"] = max_steps
         named = facts if self._phase == 0 else {f"{key}#{self._phase}": value for key, value in facts.items()}
@@ -325,7 +320,18 @@ class Session:
         self._fingerprint.update(named)
         if saved is not None and self._phase == saved["phase"]:
             self.position.load_state_dict(self._saved_position(saved))
+        self._enter_data(self.position)
         return self.position
+
+    def _enter_data(self, position: DataPosition) -> None:
+        """Before the first batch of a loader."""
+        step = self.progress.steps_completed
+        position.leave_out = self.returns.leave_out(self._phase)
+        if self.numbers.trail is not None:
+            self.numbers.trail.note(step, place_of(position, self._phase))
+        self.numbers.prepare(step + 1)
+        if self.policies.numbers.may_go_back and self.progress.newest_checkpoint is None:
+            self._save(required=True)  # there always is somewhere to go back to
 
     def skip_loader(self, position: DataPosition, max_steps: int) -> None:
         """All steps of this loader were done before the resume."""
@@ -351,13 +357,24 @@ class Session:
     def next_batch(self, stream: Iterator[Any]) -> Any:
         try:
             batch = next(stream)
-        except RuntimeError as error:
-            if self.stop.reason is None:
-                raise
-            # Inside an accumulation window the data workers may die of the same signal before the step is complete.
-            raise TrainingAbortedError(reason=self.stop.reason) from error
+        except (RuntimeError, DataLoaderError) as error:
+            if self.stop.reason is not None:
+                # Inside an accumulation window the data workers may die of the same signal before the step is complete.
+                raise TrainingAbortedError(reason=self.stop.reason) from error
+            if isinstance(error, DataLoaderError):
+                self._leave_between_steps(error)
+            raise
         self.batch_open = True
         return batch
+
+    def _leave_between_steps(self, error: DataLoaderError) -> None:
+        """There is no next batch: save what was trained, or tell the ranks that wait in their gradient exchange."""
+        if self.exchange:
+            self.exchange.begin()
+            self.exchange.finish(None)
+            self._settle(False, error)
+        elif self.ranks.world_size == 1:
+            self._save_if_new()
 
     # -- the step boundary ---------------------------------------------------------------------------------------
 
@@ -368,14 +385,15 @@ class Session:
         if not self.steps.take_completed():
             self._count_batch_without_step()
             return
-        self._batches_since_step = 0
+        batches, self._batches_since_step = self._batches_since_step + 1, 0
         progress.steps_completed += 1
         progress.plan.close_step()
         if self._tell_steps:
             self._tell_step()
-        self._leaving = self._leaving or self._count_bad_steps()
-        assert self.position is not None
         self._finished = progress.steps_completed >= self._max_steps
+        # At the end nothing may still be on its way: what the loop does next is final.
+        found = self._look_at_numbers(batches, wait=self._finished)
+        self._leaving = self._leaving or found or (self.data.leaving if self.data else None)
         if self.hardware and not self._finished:
             self.hardware.look(progress.steps_completed)
         agreed = self._agreed()
@@ -437,13 +455,26 @@ class Session:
         self._voted = agreed if self._voted is None else self._voted | agreed
 
     def _take_smallest_plan(self, recovered: bool) -> None:
-        """After memory ran out on some rank every rank tries no more than that rank can do."""
+        """After memory ran out on some rank every rank knows what did not fit there, and tries no more."""
         plan = self.progress.plan
-        found = self.ranks.gather(self._newest_shrink if recovered else None)
-        for rank, shrink in enumerate(found):
-            if shrink is not None and rank != self.ranks.rank and (plan.limit is None or shrink.to_size < plan.limit):
-                plan.limit = shrink.to_size
+        found = self.ranks.gather((plan.lesson, self._newest_shrink) if recovered else (None, None))
+        known = plan.bounds
+        plan.learn([lesson for lesson, _ in found if lesson is not None])
+        for rank, (_, shrink) in enumerate(found):
+            if shrink is not None and rank != self.ranks.rank and plan.bounds != known:
                 self._emit(replace(shrink, reason=f"rank {rank}: {shrink.reason}"))
+
+    def leave_later(self, error: GPUMemoryError) -> bool:
+        """Whether all ranks end with ``error`` at their next vote, so that this one goes on until then.
+
+        Alone it cannot leave: the others have made the update that it has not, and wait for it in their next exchange.
+        Its weights are not saved.
+        """
+        if self.exchange is None:
+            return False
+        self._leaving = self._leaving or error
+        self.steps.spoiled = True
+        return True
 
     def _tell_step(self) -> None:
         now_s = self._clock()
@@ -460,24 +491,20 @@ class Session:
                 expected=f"the optimizer that the loop steps: it was not stepped in {self._batches_since_step} batches",
             )
 
-    def _count_bad_steps(self, *, wait: bool = False) -> NaNLossError | None:
-        """What ends the run when there are too many in a row."""
-        progress, policy = self.progress, self.policies.finite
-        for step, findings in self.steps.poll(wait=wait):
-            progress.streak = policy.next_streak(progress.streak, findings)
-            if findings.what is None:
-                continue
-            progress.steps_skipped += 1
-            self._emit(StepSkipped(step=step, what=findings.what, streak=progress.streak))
-            if policy.exhausted(progress.streak):
-                return NaNLossError(streak=progress.streak, skipped=progress.steps_skipped, what=findings.what)
-        return None
+    def _look_at_numbers(self, batches: int = 1, *, wait: bool = False) -> WardenError | None:
+        """What ends the run, or makes it go back, after a step of so many ``batches``."""
+        position, step = self.position, self.progress.steps_completed
+        if position is None:
+            return None
+        return self.numbers.look(self.steps, step, position, self._phase, batches, wait=wait)
 
     def _leave(self) -> None:
         """All ranks save and end with the error of one of them."""
-        error = leave_together(self.ranks, self._leaving)
-        assert error is not None
-        self._save_if_new()
+        assert self.position is not None
+        place = place_of(self.position, self._phase)
+        error, save = self.returns.leave(self._leaving, self.numbers, place)
+        if save:
+            self._save_if_new()
         raise error
 
     def _abort(self) -> None:
@@ -501,11 +528,21 @@ class Session:
     def _save(self, *, required: bool) -> None:
         assert self.position is not None
         progress = self.progress
-        gathered = self.ranks.gather((self.position.state_dict(), self.steps.torn))
-        if any(torn for _, torn in gathered):
+        if self.policies.numbers.may_go_back and not self._leaving:
+            # A checkpoint that holds what is still on its way to be seen would be no place to go back to.
+            self._leaving = self._look_at_numbers(wait=True)
+        bad = self.numbers.check_state(self.watched, progress.steps_completed)
+        spoiled = self.numbers.trouble is not None and self.numbers.trouble.spoiled
+        gathered = self.ranks.gather((self.position.state_dict(), self.steps.torn, spoiled, bad))
+        if any(torn for _, torn, _, _ in gathered):
             self._notice("an optimizer step is half applied: the weights are not saved")
             return
-        positions = [position for position, _ in gathered]
+        if any(spoiled for _, _, spoiled, _ in gathered):
+            return  # the next boundary says why
+        failure = bad or next((bad for *_, bad in gathered if bad is not None), None)
+        if failure is not None:
+            raise failure
+        positions = [position for position, *_ in gathered]
         state = {
             "steps_completed": progress.steps_completed,
             "steps_skipped": progress.steps_skipped,
@@ -514,8 +551,10 @@ class Session:
             "position": positions[0],
             "positions": positions,
             "fingerprint": self._fingerprint,
+            "numbers": self.numbers.state_dict(),
+            "rollbacks": self.returns.count,
         }
-        together = "every rank takes part in gathering a state" if self.ranks.world_size > 1 else None
+        together = "every rank takes part in gathering a state" if self.lifeline else None
         told = attempt(CHECKPOINT, self.watched.state, refusal=together, say=self._notice, draws=False)
         parts = {**told, GUARD_PART: state}
         step, meta = progress.steps_completed, {"run_id": self.journal.run_id}

@@ -7,16 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from trainwarden.guards.finite import StepFindings
-from trainwarden.runtime.gate import OptimizerGate
+from trainwarden.errors import GPUMemoryError
+from trainwarden.guards.finite import Detection, StepFindings
+from trainwarden.runtime.clipping import Clipping
+from trainwarden.runtime.gate import OptimizerGate, unwrapped
+from trainwarden.runtime.late_values import LateValues
 from trainwarden.runtime.watched import Watched
 
 
 class StepWatch:
-    """Watches all optimizers and the ``GradScaler`` of a run between `install` and `remove`."""
+    """Watches all optimizers and the ``GradScaler`` of a run between `install` and `remove`.
+
+    ``values``, where somebody wants them, is given the losses and gradient norms of each step.
+    """
 
     def __init__(
         self,
@@ -26,12 +31,18 @@ class StepWatch:
         recover: bool = True,
         say: Callable[[str], None] = lambda _text: None,
         on_finished: Callable[[int, str], None] = lambda _parts, _reason: None,
+        leave_later: Callable[[GPUMemoryError], bool] = lambda _error: False,
+        detection: Detection = "before_step",
+        values: LateValues | None = None,
     ) -> None:
+        self.spoiled = False
+        """Whether this rank has left out or halved an update that the others have made."""
         self.gradient_pending = False
         """Whether a backward pass came after the last optimizer step."""
         self._losses: list[Tensor] = []
         self._last_loss: Tensor | None = None
         self._called = False
+        self._values = values
         self._scaler = watched.scaler
         self._scaler_findings: list[tuple[int, StepFindings]] = []
         self._current_step: Callable[[], int] = lambda: current_step() + 1
@@ -44,6 +55,10 @@ class StepWatch:
                 recover=recover,
                 say=say,
                 on_finished=on_finished,
+                leave_later=leave_later,
+                name_of=watched.name_of,
+                on_norms=values.note_norms if values is not None else None,
+                detection=detection,
             )
             for optimizer in watched.optimizers.values()
         ]
@@ -75,6 +90,18 @@ class StepWatch:
         self._last_loss = loss
         self.gradient_pending = True
 
+    def note_clipping(self, clipping: Clipping) -> None:
+        """The gradients were clipped; what that has measured need not be measured again before the step."""
+        for gate in self._gates:
+            gate.clipping = clipping
+        if self._values is not None:
+            self._values.note_clipping(clipping.norm)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether verdicts arrive later than at the end of their step."""
+        return any(gate.mode != "host" for gate in self._gates)
+
     def final_loss(self) -> float | None:
         """Loss of the last batch; reading it synchronises, so only for the end of a run. ``None``: unknown."""
         try:
@@ -85,7 +112,7 @@ class StepWatch:
     @property
     def torn(self) -> bool:
         """Whether an update is half applied, or may be: such weights must not be saved."""
-        return any(gate.torn for gate in self._gates)
+        return self.spoiled or any(gate.torn for gate in self._gates)
 
     def take_completed(self) -> bool:
         """Whether an optimizer was stepped since the last call."""
@@ -102,11 +129,7 @@ class StepWatch:
             return found
         merged: dict[int, StepFindings] = {}
         for step, findings in found:
-            earlier = merged.get(step, StepFindings())
-            merged[step] = StepFindings(
-                findings.loss_finite and earlier.loss_finite,
-                findings.gradients_finite and earlier.gradients_finite,
-            )
+            merged[step] = merged[step].merged(findings) if step in merged else findings
         return [(step, self._with_scale(merged[step])) for step in sorted(merged)]
 
     def _with_scale(self, findings: StepFindings) -> StepFindings:
@@ -116,6 +139,8 @@ class StepWatch:
 
     def _take_losses(self) -> list[Tensor]:
         losses, self._losses = self._losses, []
+        if self._values is not None:
+            self._values.note_losses(losses)
         return losses
 
     def _note_called(self) -> None:
@@ -131,9 +156,9 @@ class StepWatch:
             self._called = False
             result = original(optimizer, *args, **kwargs)
             if not self._called:
-                losses = self._take_losses()
-                finite = all(bool(torch.isfinite(loss)) for loss in losses)
-                self._scaler_findings.append((self._current_step(), StepFindings(finite, False)))
+                gate = next(gate for gate in self._gates if gate.optimizer is unwrapped(optimizer))
+                gate.count_as_called()
+                self._scaler_findings.append((self._current_step(), gate.overflow(self._take_losses())))
                 self._note_called()
             return result
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainwarden.errors import CheckpointError, InvalidSettingError
 from trainwarden.runtime.gate import unwrapped
@@ -78,6 +79,19 @@ class Watched:
             if parameter.requires_grad
         ]
 
+    def name_of(self, parameter: torch.Tensor) -> str:
+        """``model.head.weight``; of a parameter that no watched model has, its place in its optimizer."""
+        for name, model in self.models.items():
+            for key, one in bare(model).named_parameters():
+                if one is parameter:
+                    return f"{name}.{key}"
+        for name, optimizer in self.optimizers.items():
+            for index, group in enumerate(optimizer.param_groups):
+                for position, one in enumerate(group["params"]):
+                    if one is parameter:
+                        return f"{name}.groups[{index}].params[{position}]"
+        return "a parameter"
+
     def state(self) -> dict[str, Any]:
         """The state of each object, by part. Tensors are those in use, not copies.
 
@@ -114,7 +128,7 @@ class Watched:
         """What decides the training besides data: parameter shapes and hyper-parameters, as flat readable keys."""
         facts: dict[str, Any] = {}
         for name, model in self.models.items():
-            for parameter_name, parameter in model.named_parameters():
+            for parameter_name, parameter in bare(model).named_parameters():
                 shape = "x".join(str(size) for size in parameter.shape)
                 trained = "" if parameter.requires_grad else " frozen"
                 facts[f"{name}.{parameter_name}"] = f"{str(parameter.dtype)[6:]}[{shape}]{trained}"
@@ -130,18 +144,23 @@ class Watched:
     def _frozen(self, model: nn.Module) -> set[str]:
         if self.save_frozen:
             return set()
-        parameters = model.named_parameters(remove_duplicate=False)
+        parameters = bare(model).named_parameters(remove_duplicate=False)
         return {name for name, parameter in parameters if not parameter.requires_grad}
 
     def _model_state(self, model: nn.Module) -> dict[str, Any]:
         frozen = self._frozen(model)
-        return {key: value for key, value in whole_model_state(model).items() if key not in frozen}
+        return {key: value for key, value in whole_model_state(bare(model)).items() if key not in frozen}
 
     def _load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        absent, unexpected = load_model_state(model, state)
+        absent, unexpected = load_model_state(bare(model), state)
         missing = absent - self._frozen(model)
         if missing or unexpected:
             raise KeyError(f"missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What DDP wraps: with names as in one process, so that a checkpoint goes on with any number of ranks."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], accepted: Sequence[str]) -> dict[str, Any]:
