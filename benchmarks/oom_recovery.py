@@ -14,6 +14,9 @@ What "step 7" means to a peer that starts over is a choice, so both readings are
 
 For the Guard, which does not start over, both are the same.
 
+Composer's automatic microbatching (mosaicml 0.32.1) is not beside them: it requires torch<2.7.1, so that pip refuses to
+install it with the torch 2.13 of all others, and it shrinks on a GPU only.
+
 "Trained" rows are those of completed optimizer steps; "run" rows are all that entered a training forward pass, the
 failed ones included; rows of forward passes without gradients (the Guard's one check that the loss can be split) are in
 the JSON as ``checked``. "Control" is the distance of the same contestant without the fault: that it is zero shows that

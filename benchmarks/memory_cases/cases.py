@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from trainwarden.memory.prediction import Prediction
-from trainwarden.memory.trace import TrainingLoop, trace
+from trainwarden.memory.trace import TrainingLoop, default_loss, trace
 from trainwarden.memory.trace_optimizers import AdamW8bit
 from trainwarden.memory.trace_packed import pack_linears
 
@@ -43,6 +44,11 @@ class Case:
     optimizer_in_backward: bool = False
     padded: bool = False
     """The batch has a mask that masks something."""
+    tied: bool = False
+    """The head uses the weights of the embedding; some families do always."""
+    loss_chunk_tokens: int | None = None
+    bitsandbytes: bool = False
+    """Packed layers and 8-bit optimizers are really those of bitsandbytes; the trace has stand-ins for both."""
 
 
 CASES = (
@@ -60,6 +66,15 @@ CASES = (
     Case(name="autocast", autocast=True),
     Case(name="optimizer in backward", optimizer_in_backward=True, optimizer="adamw_fused"),
     Case(name="8-bit AdamW (stand-in)", optimizer="adamw_8bit", width=512, tokens=32),
+    Case(name="8-bit AdamW (bitsandbytes)", optimizer="adamw_8bit", bitsandbytes=True),
+    Case(name="tied embeddings", tied=True, vocab=16000, tokens=64, optimizer="adamw_fused"),
+    Case(name="tied embeddings, bf16", tied=True, vocab=16000, tokens=16, optimizer="adamw_fused", dtype="bf16"),
+    Case(name="tied embeddings, autocast", tied=True, vocab=16000, tokens=16, optimizer="adamw_fused", autocast=True),
+    Case(name="tied, accumulation", tied=True, vocab=16000, tokens=64, grad_accum_steps=2, optimizer="adamw_fused"),
+    Case(name="chunked loss", loss_chunk_tokens=64, vocab=16000, optimizer="adamw_fused"),
+    Case(name="chunked loss, tied", loss_chunk_tokens=64, vocab=16000, tied=True, optimizer="adamw_fused"),
+    Case(name="chunked loss, autocast, checkpointing", loss_chunk_tokens=64, autocast=True, checkpointing=True),
+    Case(name="chunked loss, LoRA, bf16", loss_chunk_tokens=64, mode="lora", dtype="bf16", vocab=16000),
     Case(name="eager attention", attention="eager", tokens=512, vocab=500),
     Case(name="padded batch", padded=True, rows=4),
     Case(name="12 layers (extended)", layers=12, tokens=128),
@@ -70,6 +85,17 @@ CASES = (
     Case(name="LoRA, accumulation", mode="lora", grad_accum_steps=2, max_grad_norm=1.0),
     Case(name="QLoRA (packed stand-in)", mode="qlora", dtype="bf16", width=512),
     Case(name="QLoRA (packed stand-in), checkpointing", mode="qlora", dtype="bf16", checkpointing=True),
+    Case(name="QLoRA (bitsandbytes)", mode="qlora", dtype="bf16", width=512, bitsandbytes=True),
+    Case(name="QLoRA (bitsandbytes), checkpointing", mode="qlora", checkpointing=True, width=512, bitsandbytes=True),
+    Case(
+        name="QLoRA (bitsandbytes), 8-bit AdamW, chunked loss",
+        mode="qlora",
+        dtype="bf16",
+        optimizer="adamw_8bit",
+        loss_chunk_tokens=64,
+        vocab=16000,
+        bitsandbytes=True,
+    ),
     Case(name="llama", family="llama"),
     Case(name="gpt2", family="gpt2"),
     Case(name="gemma", family="gemma", vocab=8000),
@@ -116,6 +142,8 @@ def _drawn(draw: random.Random, name: str) -> Case:
         max_grad_norm=None if in_backward or draw.random() < 0.5 else 1.0,
         optimizer_in_backward=in_backward,
         padded=not plain and draw.random() < 0.3,
+        tied=family in DECODERS and draw.random() < 0.3,
+        loss_chunk_tokens=draw.choice([None, None, 64, 200]) if family in DECODERS else None,
     )
 
 
@@ -125,6 +153,8 @@ def config_of(case: Case) -> Any:
 
     w, n, heads = case.width, case.layers, 4
     common = {"vocab_size": case.vocab, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if case.tied:
+        common["tie_word_embeddings"] = True
     sizes: dict[str, Any] = {
         "gpt2": {"n_embd": w, "n_layer": n, "n_head": heads},
         "t5": {"d_model": w, "d_kv": w // heads, "d_ff": 2 * w, "num_layers": n, "num_heads": heads}
@@ -140,8 +170,8 @@ def config_of(case: Case) -> Any:
     return AutoConfig.for_model(case.family, **common, **sizes.get(case.family, usual))
 
 
-def build(case: Case) -> nn.Module:
-    """The model of a case, on the default device, in training mode."""
+def build(case: Case, *, real: bool = False) -> nn.Module:
+    """The model of a case, on the default device, in training mode. ``real``: as of `loop_of`."""
     if case.family == "mlp":
         layers = [layer for _ in range(case.layers) for layer in (nn.Linear(case.width, case.width), nn.GELU())]
         return nn.Sequential(*layers).to(DTYPES[case.dtype])
@@ -157,15 +187,22 @@ def build(case: Case) -> nn.Module:
     autos = {"bert": transformers.AutoModelForMaskedLM, "t5": transformers.AutoModelForSeq2SeqLM}
     auto = autos.get(case.family, transformers.AutoModelForCausalLM)
     model = auto.from_config(config_of(case), dtype=DTYPES[case.dtype], attn_implementation=case.attention)
-    return prepare(model, case.mode, checkpointing=case.checkpointing)
+    return prepare(model, case.mode, checkpointing=case.checkpointing, bitsandbytes=real and case.bitsandbytes)
 
 
-def prepare(model: Any, mode: str, *, checkpointing: bool, rank: int = 8) -> nn.Module:
-    """Packs, checkpoints and adapts a model as its mode asks for."""
+def prepare(model: Any, mode: str, *, checkpointing: bool, rank: int = 8, bitsandbytes: bool = False) -> nn.Module:
+    """Packs, checkpoints and adapts a model as its mode asks for; really, or with stand-ins for what packs."""
     from peft import LoraConfig, get_peft_model
 
-    if mode == "qlora":
-        pack_linears(model)
+    from trainwarden.train.quantized import pack, prepare_packed
+
+    if mode == "qlora" and bitsandbytes:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        pack(model, model.dtype)
+        prepare_packed(model)
+    elif mode == "qlora":
+        pack_linears(model, compute_dtype=model.dtype)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if mode != "full":
@@ -192,17 +229,24 @@ def batch_of(case: Case) -> Any:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
 
 
-def loop_of(case: Case) -> TrainingLoop:
-    """The step of a case."""
+def loop_of(case: Case, *, real: bool = False) -> TrainingLoop:
+    """The step of a case. ``real``: with bitsandbytes itself, where the case asks for it."""
+    from trainwarden.train.chunked_loss import chunked_loss
+    from trainwarden.train.quantized import adamw_8bit
+
     makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
         "adamw": lambda p: torch.optim.AdamW(p, foreach=False),
         "adamw_foreach": lambda p: torch.optim.AdamW(p, foreach=True),
         "adamw_fused": lambda p: torch.optim.AdamW(p, fused=True),
         "adamw_8bit": AdamW8bit,
+        "bitsandbytes": lambda p: adamw_8bit([{"params": p}], learning_rate=1e-3),
         "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, foreach=False),
     }
+    name = "bitsandbytes" if real and case.bitsandbytes and case.optimizer == "adamw_8bit" else case.optimizer
+    chunk = case.loss_chunk_tokens
     return TrainingLoop(
-        make_optimizer=makers[case.optimizer],
+        compute_loss=default_loss if chunk is None else partial(chunked_loss, chunk_tokens=chunk),
+        make_optimizer=makers[name],
         grad_accum_steps=case.grad_accum_steps,
         autocast=torch.bfloat16 if case.autocast else None,
         max_grad_norm=case.max_grad_norm,

@@ -43,6 +43,7 @@ def plan_of(case: Case) -> TrainingPlan | None:
         checkpointing=case.checkpointing,
         optimizer_in_backward=case.optimizer_in_backward,
         lora_rank=8,
+        loss_chunk_tokens=case.loss_chunk_tokens,
     )
 
 

@@ -20,12 +20,17 @@ from trainwarden.memory.trace_loop import run_steps
 
 SCRIPT = Path(__file__).parents[1] / "memory_prediction.py"
 
-GRID = tuple(
-    (model, replace(plan, sequence_length=tokens))
-    for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B")
-    for plan in (FULL, LORA, QLORA)
-    for tokens in (512, 4096)
+GRID = (
+    *(
+        (model, replace(plan, sequence_length=tokens))
+        for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B")
+        for plan in (FULL, LORA, QLORA)
+        for tokens in (512, 4096)
+    ),
+    *(("Qwen2.5-1.5B", replace(plan, sequence_length=4096, loss_chunk_tokens=1024)) for plan in (FULL, LORA, QLORA)),
+    ("Qwen2.5-1.5B", replace(FULL, sequence_length=4096, optimizer="adamw_8bit")),
 )
+"""The grid, and what is advised where a run does not fit: the chunked loss and 8-bit optimizer states."""
 
 
 def grid_rows() -> list[dict[str, Any]]:
@@ -39,7 +44,7 @@ def grid_rows() -> list[dict[str, Any]]:
             text=True,
             check=False,
         )
-        row: dict[str, Any] = {"what": f"{model}, {plan.mode}, {plan.sequence_length} tokens", "traced": predicted}
+        row: dict[str, Any] = {"what": _name(model, plan), "traced": predicted}
         if done.returncode:
             row["reason"] = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
         else:
@@ -47,6 +52,12 @@ def grid_rows() -> list[dict[str, Any]]:
             row["error"] = predicted / row["allocated"] - 1
         rows.append(row)
     return rows
+
+
+def _name(model: str, plan: TrainingPlan) -> str:
+    chunks = f", loss in chunks of {plan.loss_chunk_tokens}" if plan.loss_chunk_tokens else ""
+    states = ", 8-bit AdamW" if plan.optimizer == "adamw_8bit" else ""
+    return f"{model}, {plan.mode}, {plan.sequence_length} tokens{chunks}{states}"
 
 
 def run_cell(index: int) -> dict[str, int]:
@@ -59,7 +70,7 @@ def run_cell(index: int) -> dict[str, int]:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    run_steps(model, batch, plan_loop(plan))
+    run_steps(model, batch, plan_loop(plan, real=True))
     torch.cuda.synchronize()
     reserved = torch.cuda.memory_reserved()
     return {
@@ -78,31 +89,5 @@ def cuda_model(shape: dict[str, Any], plan: TrainingPlan) -> nn.Module:
     config = AutoConfig.for_model(values.pop("model_type"), use_cache=False, **values)
     with torch.device("cpu" if plan.mode == "qlora" else "cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if plan.mode == "qlora":
-        _quantise(model)
-    mode = "lora" if plan.mode == "qlora" else plan.mode
-    return prepare(model, mode, checkpointing=plan.checkpointing, rank=plan.lora_rank).to("cuda")
-
-
-def _quantise(model: nn.Module) -> None:
-    import bitsandbytes as bnb  # only a GPU machine has it
-
-    model.is_loaded_in_4bit = True  # type: ignore[assignment] # so that peft adapts the layers as 4-bit ones
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                packed = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=child.bias is not None,
-                    compute_dtype=torch.bfloat16,
-                    compress_statistics=True,
-                    quant_type="nf4",
-                )
-                packed.weight = bnb.nn.Params4bit(
-                    child.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-                )
-                packed.bias = child.bias
-                setattr(module, name, packed.to("cuda"))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    prepared = prepare(model, plan.mode, checkpointing=plan.checkpointing, rank=plan.lora_rank, bitsandbytes=True)
+    return prepared.to("cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ from memory_cases.cases import prepare
 from memory_cases.estimates import accelerate_estimate, closed_form
 from trainwarden.memory.plan import TrainingPlan
 from trainwarden.memory.prediction import Prediction
-from trainwarden.memory.trace import TrainingLoop, trace
+from trainwarden.memory.trace import TrainingLoop, default_loss, trace
 from trainwarden.memory.trace_optimizers import AdamW8bit
+from trainwarden.train.chunked_loss import chunked_loss
+from trainwarden.train.quantized import adamw_8bit
 
 GIB = 2**30
+CHUNK = 1024
+"""torchtune divides the tokens of a micro-batch, here 8,192, by eight."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-2-7B": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
@@ -96,24 +101,33 @@ PUBLISHED = (
             ("baseline", replace(_LADDER, sequence_length=1024), 25.5, "rows of unstated length, not packed"),
             ("packed", _LADDER, 60.0, "its own model code"),
             ("+ compile", _LADDER, 51.0, "compiled; predicted without"),
-            ("+ chunked loss", replace(_LADDER, chunked_loss=True), 42.9, "compiled; closed form only"),
-            ("+ checkpointing", replace(_LADDER, chunked_loss=True, checkpointing=True), 24.9, "closed form only"),
+            ("+ chunked loss", replace(_LADDER, loss_chunk_tokens=CHUNK), 42.9, "compiled; predicted without"),
+            (
+                "+ checkpointing",
+                replace(_LADDER, loss_chunk_tokens=CHUNK, checkpointing=True),
+                24.9,
+                "compiled; predicted without",
+            ),
             (
                 "+ optimizer in backward",
-                replace(_LADDER, chunked_loss=True, checkpointing=True, optimizer_in_backward=True),
+                replace(_LADDER, loss_chunk_tokens=CHUNK, checkpointing=True, optimizer_in_backward=True),
                 23.1,
-                "closed form only",
+                "compiled; predicted without",
             ),
             (
                 "+ activations on host",
-                replace(_LADDER, chunked_loss=True, checkpointing=True, optimizer_in_backward=True),
+                replace(_LADDER, loss_chunk_tokens=CHUNK, checkpointing=True, optimizer_in_backward=True),
                 21.8,
                 "predicted without moving activations to the host",
             ),
             (
                 "+ 8-bit states",
                 replace(
-                    _LADDER, chunked_loss=True, checkpointing=True, optimizer_in_backward=True, optimizer="adamw_8bit"
+                    _LADDER,
+                    loss_chunk_tokens=CHUNK,
+                    checkpointing=True,
+                    optimizer_in_backward=True,
+                    optimizer="adamw_8bit",
                 ),
                 17.6,
                 "predicted without moving activations to the host",
@@ -125,9 +139,9 @@ PUBLISHED = (
             source=_TORCHTUNE,
             model="Llama-3.2-3B",
             what=f"{plan.mode}, A100",
-            plan=replace(plan, micro_batch_size=2, sequence_length=4096, chunked_loss=True),
+            plan=replace(plan, micro_batch_size=2, sequence_length=4096, loss_chunk_tokens=CHUNK),
             published=gib,
-            differs="compiled, activations on the host; closed form only",
+            differs="compiled, activations on the host; predicted without",
         )
         for plan, gib in ((LORA, 8.5), (QLORA, 4.6))
     ),
@@ -166,15 +180,22 @@ def plan_model(shape: dict[str, Any], plan: TrainingPlan) -> nn.Module:
     return prepare(model, plan.mode, checkpointing=plan.checkpointing, rank=plan.lora_rank)
 
 
-def plan_loop(plan: TrainingPlan) -> TrainingLoop:
-    """The step of a plan."""
+def plan_loop(plan: TrainingPlan, *, real: bool = False) -> TrainingLoop:
+    """The step of a plan. ``real``: with the 8-bit optimizer of bitsandbytes, not its stand-in."""
 
     def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if real and plan.optimizer == "adamw_8bit":
+            return adamw_8bit([{"params": parameters}], learning_rate=1e-3)
         if "8bit" in plan.optimizer:
             return AdamW8bit(parameters, paged=plan.optimizer.startswith("paged"))
         return torch.optim.AdamW(parameters, fused=plan.optimizer == "adamw_fused")
 
-    return TrainingLoop(make_optimizer=optimizer, optimizer_in_backward=plan.optimizer_in_backward)
+    chunk = plan.loss_chunk_tokens
+    return TrainingLoop(
+        compute_loss=default_loss if chunk is None else partial(chunked_loss, chunk_tokens=chunk),
+        make_optimizer=optimizer,
+        optimizer_in_backward=plan.optimizer_in_backward,
+    )
 
 
 def plan_batch(plan: TrainingPlan, device: str = "meta") -> dict[str, torch.Tensor]:
@@ -195,13 +216,13 @@ def published_rows() -> list[dict[str, Any]]:
         with torch.device("meta"):
             whole = plan_model(SHAPES[entry.model], replace(entry.plan, mode="full"))
         closed = closed_form(SHAPES[entry.model], entry.plan)
-        peak = None if entry.plan.chunked_loss else plan_trace(entry.model, entry.plan).peak_bytes
+        peak = plan_trace(entry.model, entry.plan).peak_bytes
         rows.append(
             {
                 "source": entry.source,
                 "what": f"{entry.model}, {entry.what}",
                 "published_gib": entry.published,
-                "traced_gib": None if peak is None else round(peak / GIB, 2),
+                "traced_gib": round(peak / GIB, 2),
                 "closed_form_gib": None if closed is None else round(closed / GIB, 2),
                 "accelerate_gib": round(accelerate_estimate(whole, torch.bfloat16) / GIB, 2),
                 "differs": entry.differs,

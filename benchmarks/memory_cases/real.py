@@ -62,7 +62,7 @@ def real_peak(case: Case) -> int:
     before = counter.counter_live()
     batch = batch_of(case)
     model = materialised(case, batch)
-    loop = loop_of(case)
+    loop = loop_of(case, real=True)
     gc.collect()
     counter.counter_reset_peak()
     run_steps(model, batch, loop, autocast=torch.autocast("cpu", loop.autocast) if loop.autocast else nullcontext())
@@ -71,13 +71,13 @@ def real_peak(case: Case) -> int:
 
 def materialised(case: Case, batch: Any) -> nn.Module:
     """The model with real tensors. Packed ones cannot be made from values: what they hold does not matter here."""
-    if case.mode == "qlora":
+    if case.mode == "qlora" and not case.bitsandbytes:
         with torch.device("meta"):
             model = build(case)
         model = model.to_empty(device="cpu")
         model.get_base_model().tie_weights()  # it unties them
         return model
-    model = build(case)
+    model = build(case, real=True)
     if case.family == "conv":
         with torch.no_grad():
             model(batch)  # a lazy layer takes its shape from its first input

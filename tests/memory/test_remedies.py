@@ -63,7 +63,7 @@ def test_checkpointing_alone_is_advised_where_it_is_enough() -> None:
 
 
 def test_a_smaller_micro_batch_keeps_the_global_batch_and_is_as_large_as_fits() -> None:
-    found = advice(replace(LORA, checkpointing=True, chunked_loss=True), 18.2)
+    found = advice(replace(LORA, checkpointing=True, loss_chunk_tokens=1024), 18.2)
     assert names(found) == ["smaller micro-batch, accumulated"]
     assert found.plan is not None
     assert found.plan.global_batch_size == LORA.global_batch_size
@@ -91,6 +91,35 @@ def test_offloading_is_no_way_out_where_the_host_has_no_room() -> None:
     plan = replace(FULL, micro_batch_size=1, checkpointing=True)
     assert names(advice(plan, 30, remedies=fits)) == ["offload to host memory"]
     assert names(advice(plan, 30, remedies=fits, host_bytes=64 * GIB)) == []
+
+
+def test_offloading_is_of_full_fine_tuning_and_tried_beside_the_adapters() -> None:
+    """Where not even QLoRA fits, on top of what was tried before LoRA; no `Trainer` offloads adapters."""
+    found = advice(replace(FULL, micro_batch_size=1), 1)
+    offload = found.steps[-1]
+    assert offload.remedy.name == "offload to host memory"
+    assert (offload.plan.mode, offload.plan.offload) == ("full", True)
+    assert offload.plan.optimizer == "adamw_fused", "its pieces have no 8-bit states"
+    assert not [step for step in advice(LORA, 1).steps if step.plan.offload]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("gradient checkpointing", "-o trainer.gradient_checkpointing=true"),
+        ("chunked cross entropy", "-o trainer.loss_chunk_tokens=1024"),
+        ("smaller micro-batch, accumulated", "-o trainer.batch_size=1 -o trainer.grad_accum_steps=8"),
+        ("8-bit optimizer states", "-o trainer.optimizer=adamw_8bit"),
+        ("LoRA", "-o model.mode=lora"),
+        ("QLoRA", "-o model.mode=qlora"),
+        ("offload to host memory", "-o trainer.full_ft_offload=true"),
+    ],
+)
+def test_each_names_the_settings_that_make_it(name: str, flags: str) -> None:
+    (remedy,) = [one for one in REMEDIES if one.name == name]
+    changed = remedy.change(FULL)
+    assert changed is not None
+    assert remedy.flags(changed) == flags
 
 
 def test_each_step_says_what_it_needs_alone_and_with_those_before_it() -> None:
@@ -122,14 +151,14 @@ def test_what_is_advised_fits_and_none_of_it_is_superfluous(
 
 @pytest.mark.parametrize("mode", ["lora", "qlora"])
 def test_what_a_plan_has_already_is_not_advised(mode: Any) -> None:
-    plan = replace(LORA, mode=mode, checkpointing=True, chunked_loss=True, micro_batch_size=1)
+    plan = replace(LORA, mode=mode, checkpointing=True, loss_chunk_tokens=1024, micro_batch_size=1)
     tried = {step.remedy.name for step in advice(plan, 0.5).steps}
-    assert tried <= {"8-bit optimizer states", "QLoRA", "offload to host memory"}
+    assert tried <= {"8-bit optimizer states", "QLoRA"}
 
 
 def test_a_change_that_cannot_be_predicted_is_passed_over() -> None:
     def partly(plan: TrainingPlan) -> tuple[int, int]:
-        return (UNPREDICTABLE_BYTES, 0) if plan.chunked_loss else need(plan)
+        return (UNPREDICTABLE_BYTES, 0) if plan.loss_chunk_tokens else need(plan)
 
     found = advise(LORA, partly, device_bytes=20 * GIB)
     assert "chunked cross entropy" not in [step.remedy.name for step in found.steps]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.pool import RankPool
 from tests.train.tiny import GPT2, LLAMA, corpus
 from trainwarden.train.models import build_model
 from trainwarden.train.tokenizer import train_tokenizer
@@ -25,6 +26,14 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return train_tokenizer(corpus(), vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    """Two processes that stay: what they have imported once serves all tests."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
 
 
 def _saved(folder: Path, config: Any, tokenizer: Any) -> Path:

@@ -126,12 +126,6 @@ def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
         train(LLAMA, ROWS, tmp_path, dtype="float16")
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidSettingError, match="WORLD_SIZE"):
-        train(LLAMA, ROWS, tmp_path)
-
-
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path: Path, tokenizer: Any, llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama_dir)
     model.resize_token_embeddings(100)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,25 @@ import torch
 from torch._subclasses import FakeTensor
 from transformers import LlamaForCausalLM
 
+from tests.capability.scripted import without_gpu
+from tests.train.test_recovery import faulty
 from tests.train.tiny import LLAMA, instructions, settings
-from trainwarden.errors import FullFinetuneModelTooLargeError, InvalidSettingError, PreflightMemoryError
+from trainwarden.errors import (
+    FullFinetuneModelTooLargeError,
+    GPUMemoryError,
+    InvalidSettingError,
+    PreflightMemoryError,
+)
 from trainwarden.events import Event, Notice
+from trainwarden.memory.overheads import CALIBRATION_RUNS, DeviceMemory, Overheads, calibrated
 from trainwarden.runs import Ledger
-from trainwarden.train import Trainer
+from trainwarden.testing import MemoryCeiling
+from trainwarden.train import Trainer, foresight, gates
 from trainwarden.train import models as loading
+from trainwarden.train.forecast import Forecast
 from trainwarden.train.foresight import AUTO_FILE, AUTO_MARGIN
+from trainwarden.train.precision import choose_precision
+from trainwarden.train.subject import read_subject
 
 MIB = 2**20
 TIGHT = 1_400_000
@@ -178,6 +194,127 @@ def test_predicted_and_real_peaks_are_in_the_ledger_at_the_end(tmp_path: Path) -
     assert memory.device == "cpu"
     assert memory.predicted_bytes > 100_000
     assert memory.allocated_bytes is None, "a CPU has no allocator that tells its peak"
+
+
+def test_every_way_to_save_memory_is_part_of_what_is_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "Machine", lambda: without_gpu(installed=("torch", "bitsandbytes")))
+    asked = {"mode": "qlora", "optimizer": "adamw_8bit", "loss_chunk_tokens": 7, "gradient_checkpointing": True}
+    precision = choose_precision("bfloat16", torch.device("cpu"), "qlora")
+    plan = foresight.plan_of(trainer(tmp_path, **asked), precision)
+    assert (plan.mode, plan.optimizer, plan.loss_chunk_tokens) == ("qlora", "adamw_8bit", 7)
+    assert (plan.weights, plan.autocast, plan.checkpointing) == ("bfloat16", "bfloat16", True)
+    file = tmp_path / "asked.yaml"
+    file.write_text(
+        "output_dir: x\nmodel: {config: {model_type: llama}, mode: qlora}\ndata: {train: python-docstrings}\n"
+        "trainer: {max_steps: 1, optimizer: adamw_8bit, loss_chunk_tokens: 7, gradient_checkpointing: true}\n"
+    )
+    read = read_subject(str(file)).plan
+    assert (read.mode, read.optimizer, read.loss_chunk_tokens) == ("qlora", "adamw_8bit", 7)
+
+
+def test_a_prediction_leaves_bitsandbytes_to_those_who_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it takes a second; and what peft has found meanwhile must not outlive the prediction."""
+    from peft import import_utils
+
+    from trainwarden.train.forecast import _without_bitsandbytes
+
+    before = import_utils.is_bnb_available()
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    with _without_bitsandbytes():
+        import_utils.is_bnb_available.cache_clear()
+        assert not import_utils.is_bnb_available()
+    assert "bitsandbytes" not in sys.modules
+    assert import_utils.is_bnb_available() is before
+
+
+# -- calibration -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The hardware boundary: an allocator that tells peaks of three times the prediction, on a device of this name."""
+    told: dict[str, Any] = {"name": "Card A", "factor": 3.0, "predicted": []}
+    monkeypatch.setattr(foresight, "Forecast", partial(foresight.Forecast, traced=False))
+
+    def measured(memory: Any) -> foresight.Peaks:
+        allocated = round(told["factor"] * told["predicted"][-1])
+        return foresight.Peaks(allocated, 2 * allocated, 1000)
+
+    def memory_of(_: Any, asked: int | None) -> DeviceMemory | None:
+        return None if asked is None else DeviceMemory(name=told["name"], total_bytes=asked)
+
+    predict = Forecast.predict
+
+    def predicted(forecast: Any, plan: Any) -> Any:
+        found = predict(forecast, plan)
+        told["predicted"].append(found.peak_bytes)
+        return found
+
+    monkeypatch.setattr(Forecast, "predict", predicted)
+    monkeypatch.setattr(foresight, "tells_peaks", lambda _: True)
+    monkeypatch.setattr(foresight, "measured_peaks", measured)
+    monkeypatch.setattr(foresight, "_memory_of", memory_of)
+    return told
+
+
+def overheads(name: str) -> Overheads:
+    return calibrated(Ledger().memory_of_runs(), name)
+
+
+AMPLE: dict[str, Any] = {"max_steps": 1, "batch_size": 4, "mode": "lora", "device_memory_bytes": 1024 * MIB}
+
+
+def test_finished_runs_calibrate_the_predictions_of_their_own_device(tmp_path: Path, device: dict[str, Any]) -> None:
+    for run in range(CALIBRATION_RUNS):
+        assert overheads("Card A").runs == 0
+        trainer(tmp_path / f"a{run}", **AMPLE).train()
+    device |= {"name": "Card B", "factor": 1.0}
+    trainer(tmp_path / "b", **AMPLE).train()
+    found = overheads("Card A")
+    assert (found.runs, found.fragmentation, found.context_bytes) == (3, pytest.approx(1.0), 1000)
+    assert found.correction == pytest.approx(3.0, rel=1e-3)
+    assert overheads("Card B") == Overheads(), "one run is not enough, and those of another device do not count"
+
+
+def test_what_was_calibrated_decides_the_next_run(tmp_path: Path, device: dict[str, Any]) -> None:
+    for run in range(CALIBRATION_RUNS):
+        trainer(tmp_path / f"a{run}", **AMPLE).train()
+    one_row = min(device["predicted"])
+    with pytest.raises(PreflightMemoryError) as caught:  # six times what is predicted, and 1,000 bytes
+        trainer(tmp_path / "small", **{**AMPLE, "device_memory_bytes": 5 * one_row}).train()
+    assert caught.value.details["needed_bytes"] == pytest.approx(6 * one_row + 1000, rel=1e-3)
+    assert trainer(tmp_path / "enough", **{**AMPLE, "device_memory_bytes": 7 * one_row}).train().steps_completed == 1
+
+
+@pytest.mark.parametrize("how", ["shrank", "failed"])
+def test_a_run_that_was_not_what_was_predicted_calibrates_nothing(
+    tmp_path: Path, device: dict[str, Any], how: str
+) -> None:
+    ceiling = MemoryCeiling(2) if how == "shrank" else MemoryCeiling(0)
+    for run in range(CALIBRATION_RUNS):
+        disturbed = faulty(LLAMA, tmp_path / f"{run}", rows=ROWS, wrap=ceiling, **AMPLE)
+        with pytest.raises(GPUMemoryError) if how == "failed" else nullcontext():
+            assert disturbed.train().shrinks
+    kept = Ledger().memory_of_runs()
+    assert [(memory.device, memory.allocated_bytes) for memory in kept] == [("Card A", None)] * CALIBRATION_RUNS
+    assert all(memory.predicted_bytes > 0 for memory in kept)
+    assert overheads("Card A") == Overheads()
+
+
+def test_a_run_that_went_back_calibrates_nothing(tmp_path: Path, device: dict[str, Any]) -> None:
+    events: list[Event] = []
+    went: list[Any] = []
+    record = foresight.Foresight.record
+
+    def rolled_back(self: Any, run_id: Any, result: Any) -> None:
+        went.append(result)
+        record(self, run_id, dataclasses.replace(result, rollbacks=1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foresight.Foresight, "record", rolled_back)
+        trainer(tmp_path, events=events, **AMPLE).train()
+    assert went[0].rollbacks == 0
+    assert [memory.allocated_bytes for memory in Ledger().memory_of_runs()] == [None]
 
 
 def test_a_run_that_is_not_predicted_leaves_no_record(tmp_path: Path) -> None:

@@ -212,12 +212,6 @@ def test_float16_is_refused() -> None:
         pass
 
 
-def test_more_than_one_rank_without_offload_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidSettingError, match="full_ft_offload"):
-        train(LLAMA, tmp_path, offload=False)
-
-
 # -- what is gathered at a time --------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,6 @@ ROWS = instructions(29)
 TIED = {**LLAMA, "tie_word_embeddings": True}
 DROPOUT = {**GPT2, "resid_pdrop": 0.2}
 ASKED = {"max_steps": 10, "grad_accum_steps": 2, "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
 
 
 def train_ranks(

@@ -25,13 +25,14 @@ from tests.train.tiny import (
 from trainwarden.errors import (
     CheckpointNotFoundError,
     GPUMemoryError,
+    InvalidSettingError,
     NaNLossError,
     ResumeMismatchError,
     RunExistsError,
     TrainingAbortedError,
     TrainingError,
 )
-from trainwarden.events import EvaluationShrunk, Event, MetricsLogged, Resumed, StepSkipped
+from trainwarden.events import EvaluationShrunk, Event, MemoryRemedyApplied, MetricsLogged, Resumed, StepSkipped
 from trainwarden.testing import MemoryCeiling, NonFinite, out_of_memory_error
 from trainwarden.train import Trainer
 
@@ -120,6 +121,54 @@ def test_a_row_that_does_not_fit_alone_ends_in_the_memory_error(tmp_path: Path) 
     with pytest.raises(GPUMemoryError, match="one row does not fit") as caught:
         trainer.train()
     assert caught.value.exit_code == 81
+
+
+def needs_checkpointing(compute_loss: Any) -> Any:
+    """Nothing fits while blocks keep their activations."""
+
+    def limited(batch: Any, model: Any) -> Any:
+        if torch.is_grad_enabled() and not model.is_gradient_checkpointing:
+            raise out_of_memory_error()
+        return compute_loss(batch)
+
+    return limited
+
+
+def checkpointing_trainer(run_dir: Path, seen: list[Event], **changes: Any) -> Any:
+    class Needy(Trainer):
+        def compute_loss(self, model: Any, batch: Any) -> Any:
+            return needs_checkpointing(lambda part: super(Needy, self).compute_loss(model, part))(batch, model)
+
+    asked = settings(**{**RESUMABLE, "gradient_checkpointing_if_needed": True, **changes, "observers": [seen.append]})
+    return Needy(LLAMA, ROWS, output_dir=run_dir, **asked)
+
+
+def test_activations_are_recomputed_when_nothing_else_helps_and_a_resumed_run_begins_so(tmp_path: Path) -> None:
+    train(LLAMA, tmp_path / "undisturbed", **RESUMABLE)
+    seen: list[Event] = []
+    result = checkpointing_trainer(tmp_path / "a", seen, max_steps=4, warmup_steps=0, schedule="constant").train()
+    (applied,) = [event for event in seen if isinstance(event, MemoryRemedyApplied)]
+    assert applied.remedy == "enable_checkpointing"
+    assert result.steps_completed == 4
+    checkpointing_trainer(tmp_path / "b", seen).train()
+    assert distance(model_weights(tmp_path / "b"), model_weights(tmp_path / "undisturbed")) < 1e-5
+    seen.clear()
+    accepted = {"accept_changes": ["max_steps"], "schedule": "constant", "max_steps": 6}
+    checkpointing_trainer(tmp_path / "a", seen, **accepted).train()
+    (again,) = [event for event in seen if isinstance(event, MemoryRemedyApplied)]
+    assert "before the resume" in again.reason
+
+
+def test_a_model_that_cannot_recompute_is_not_promised_to(tmp_path: Path, llama_dir: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    type(model).supports_gradient_checkpointing, before = False, True
+    try:
+        with pytest.raises(InvalidSettingError, match="has no gradient checkpointing"):
+            train(model, tmp_path, tokenizer=tokenizer, gradient_checkpointing_if_needed=True)
+    finally:
+        type(model).supports_gradient_checkpointing = before
 
 
 def test_without_recovery_the_first_lack_of_memory_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:

@@ -5,7 +5,13 @@ that importing or asking this room neither starts CUDA nor imports torch.
 """
 
 from trainwarden.capability.accelerator import FP8_MULTIPLE, FP8_RECIPE, fp8_layers
-from trainwarden.capability.gates import check_fp8_settings, require_backend, require_fp8, require_fsdp_offload
+from trainwarden.capability.gates import (
+    check_fp8_settings,
+    require_backend,
+    require_fp8,
+    require_fsdp_offload,
+    require_quantized,
+)
 from trainwarden.capability.machine import Machine
 from trainwarden.capability.quantities import Quantity
 from trainwarden.capability.report import ProbeReport, probe
@@ -30,4 +36,5 @@ __all__ = [
     "require_backend",
     "require_fp8",
     "require_fsdp_offload",
+    "require_quantized",
 ]

@@ -190,10 +190,23 @@ def adam8bit() -> Verdict:
     """One step of bitsandbytes' 8-bit AdamW on the GPU."""
     import torch
 
-    bitsandbytes = importlib.import_module("bitsandbytes")
     if not torch.cuda.is_available():
+        importlib.import_module("bitsandbytes")
         return unsupported("no CUDA device", NO_CUDA_FIX)
-    where = gpu()
+    return _adam8bit_on(gpu())
+
+
+def adam8bit_on_cpu() -> Verdict:
+    """The same on the CPU."""
+    import torch
+
+    return _adam8bit_on(torch.device("cpu"))
+
+
+def _adam8bit_on(where: Any) -> Verdict:
+    import torch
+
+    bitsandbytes = importlib.import_module("bitsandbytes")
     weight = torch.nn.Parameter(torch.ones(64, 128, device=where))  # from 4096 elements on its state is 8-bit
     optimizer = bitsandbytes.optim.AdamW8bit([weight], lr=0.1)
     weight.grad = torch.ones_like(weight)
@@ -203,6 +216,41 @@ def adam8bit() -> Verdict:
     if not changed:
         return unsupported(f"a step of AdamW8bit on {where} came out wrong", "use adamw", version=version)
     return supported(f"a step of bitsandbytes' AdamW8bit on {where} is right", version=version, device=str(where))
+
+
+def nf4() -> Verdict:
+    """A 4-bit linear layer of bitsandbytes, forward and backward, on the GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return unsupported("no CUDA device", NO_CUDA_FIX)
+    return _nf4_on(gpu())
+
+
+def nf4_on_cpu() -> Verdict:
+    """The same on the CPU."""
+    import torch
+
+    return _nf4_on(torch.device("cpu"))
+
+
+def _nf4_on(where: Any) -> Verdict:
+    """Ones and their negatives are exact in NF4, so that the product is known."""
+    import torch
+
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict({"weight": torch.ones(64, 128)})
+    layer = layer.to(where)
+    given = torch.ones(16, 128, device=where, requires_grad=True)
+    product = layer(given)
+    product.sum().backward()
+    right = given.grad is not None and bool((product - 128).abs().max() < 1) and bool((given.grad - 64).abs().max() < 1)
+    version = getattr(bitsandbytes, "__version__", None)
+    packed = layer.weight.dtype == torch.uint8 and layer.weight.numel() == 64 * 128 // 2
+    if not (right and packed):
+        return unsupported(f"a 4-bit layer on {where} came out wrong", "use mode: lora", version=version)
+    return supported(f"a 4-bit layer of bitsandbytes on {where} is right", version=version, device=str(where))
 
 
 def mlx() -> Verdict:
@@ -235,6 +283,9 @@ TASKS: dict[str, Callable[[], Verdict]] = {
     "import_torchao": import_torchao,
     "convert_with_torchao": convert_with_torchao,
     "adam8bit": adam8bit,
+    "adam8bit_on_cpu": adam8bit_on_cpu,
+    "nf4": nf4,
+    "nf4_on_cpu": nf4_on_cpu,
     "mlx": mlx,
     "collective": collective,
     "sharded": sharded,

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal
 
 from trainwarden.capability import accelerator, distributed, services
+from trainwarden.capability.children import Errand
 from trainwarden.capability.machine import Machine
 from trainwarden.capability.verdict import Verdict, degraded
-from trainwarden.errors import FP8UnsupportedError, FSDPUnavailableError, InvalidSettingError, MLXUnavailableError
+from trainwarden.errors import (
+    FP8UnsupportedError,
+    FSDPUnavailableError,
+    InvalidSettingError,
+    MLXUnavailableError,
+    QuantizationUnavailableError,
+)
 from trainwarden.events import Notice, announce
 
 DEADLINE_S = 120.0
 Warn = Callable[[str], None]
+Quantized = Literal["nf4", "adam8bit"]
+_WORDS: Mapping[Quantized, str] = {"nf4": "4-bit weights", "adam8bit": "8-bit optimizer states"}
 
 
 def tell(sentence: str) -> None:
@@ -84,6 +94,38 @@ def require_fsdp_offload(
             problem=verdict.reason, needed_bytes=needed_bytes, available_bytes=available_bytes, fix=verdict.fix or None
         )
     return distributed.offload(verdict, available_bytes)
+
+
+def require_quantized(
+    wanted: Sequence[Quantized], *, on_cpu: bool, machine: Machine | None = None, deadline_s: float = DEADLINE_S
+) -> dict[Quantized, Verdict]:
+    """That bitsandbytes packs weights (``nf4``) or keeps optimizer states in 8 bits (``adam8bit``) on this device.
+
+    All that is wanted is tried in one process of its own, so that nothing is started in this one.
+
+    Args:
+        on_cpu: where the run is to be; else on the GPU, if there is a usable one.
+
+    Raises:
+        QuantizationUnavailableError: bitsandbytes is missing, or does not do it here.
+    """
+    machine = machine or Machine()
+    cpu = on_cpu or accelerator.without_gpu(machine) is not None
+    device = "cpu" if cpu else "cuda"
+    if not machine.installed("bitsandbytes"):
+        what = _WORDS[wanted[0]]
+        raise QuantizationUnavailableError(
+            what=what, device=device, problem="bitsandbytes is not installed", fix="pip install bitsandbytes"
+        )
+    tasks = {one: f"{one}_on_cpu" if cpu else one for one in wanted}
+    (report,) = machine.run([Errand(list(tasks.values()))], deadline_s=deadline_s)
+    found = {one: report.verdicts[task] for one, task in tasks.items()}
+    for one, verdict in found.items():
+        if not verdict.supported:
+            raise QuantizationUnavailableError(
+                what=_WORDS[one], device=device, problem=verdict.reason, fix=verdict.fix or None
+            )
+    return found
 
 
 def require_backend(

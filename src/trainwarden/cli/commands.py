@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,13 +98,17 @@ def _settings_text(resolved: ResolvedConfig) -> str:
 
 
 def _train(output: Output, config: TrainConfig) -> None:
+    from trainwarden.capability.distributed import launched_ranks
     from trainwarden.report.console import Console
     from trainwarden.report.summary import summary_text
     from trainwarden.train import run_from_config
 
+    launched = launched_ranks(os.environ)
+    speaks = launched is None or launched[0] == 0  # the others of a launcher's ranks would say the same
     with Console() as console:
-        result = run_from_config(config, observers=[console]).to_dict()
-    output.show(lambda: summary_text(result), lambda: result)
+        result = run_from_config(config, observers=[console] if speaks else []).to_dict()
+    if speaks:
+        output.show(lambda: summary_text(result), lambda: result)
 
 
 @app.command()

@@ -74,6 +74,9 @@ def preflight(
     checkpointing: Annotated[
         Flag, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Run blocks twice.")
     ] = None,
+    chunk: Annotated[
+        int | None, typer.Option("--loss-chunk-tokens", min=1, help="Tokens whose logits are held at a time.")
+    ] = None,
     offload: Annotated[Flag, typer.Option("--offload/--no-offload", help="FSDP with CPU offload.")] = None,
     lora_rank: Annotated[int | None, typer.Option("--lora-rank", min=1, help="Of the adapters.")] = None,
     override: Annotated[
@@ -106,6 +109,7 @@ def preflight(
         "grad_accum_steps": accumulated,
         "optimizer": None if optimizer is None else optimizer.value,
         "checkpointing": checkpointing,
+        "loss_chunk_tokens": chunk,
         "offload": offload,
         "lora_rank": lora_rank,
     }

@@ -21,8 +21,6 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 arXiv 2305.14314, double quantisation)."""
 STATE_8BIT_BYTES = 1 + 4 / 256
 """A byte and, for each block of 256, a float32 scale (arXiv 2110.02861)."""
-LOSS_CHUNK_TOKENS = 1024
-"""Tokens whose logits a chunked loss holds at a time."""
 OFFLOAD_UNSHARDED_BLOCKS = 3
 """Blocks that FSDP2 holds whole on the device: the one at work, the next, and the one just left."""
 
@@ -164,13 +162,20 @@ def _phases(
         "temporaries": 0 if plan.checkpointing else casts,
         "logits_and_loss": _logits_bytes(architecture, plan, forward=False),
     }
+    embedding = _embedding_gradient_bytes(architecture, plan)
+    has_one = architecture.tied or plan.grad_accum_steps > 1
     first_block: dict[Kind, int] = {
         **always,
-        "gradients": resident.gradients,
+        "gradients": resident.gradients - (0 if has_one else embedding),
         "activations": saved if plan.checkpointing else 0,
         "temporaries": _block_backward_bytes(architecture, plan),
     }
-    backward = max(loss, first_block, key=lambda kinds: sum(kinds.values()))
+    last: dict[Kind, int] = {
+        **always,
+        "gradients": resident.gradients,
+        "temporaries": embedding * _gradients_apart(architecture, plan),
+    }
+    backward = max(loss, first_block, last, key=lambda kinds: sum(kinds.values()))
     optimizer: dict[Kind, int] = {
         **always,
         "gradients": resident.gradients,
@@ -229,19 +234,52 @@ def _inputs_bytes(width: int, readers: int, plan: TrainingPlan) -> int:
 
 def _cast_bytes(architecture: DecoderArchitecture, plan: TrainingPlan) -> int:
     """Autocast keeps a copy of each trained weight in the smaller type until the forward pass is over."""
-    if plan.autocast is None or plan.autocast == plan.weights or plan.mode != "full" or plan.offload:
+    if not _casts(plan) or plan.mode != "full" or plan.offload:
         return 0
     return (architecture.linear_parameters + architecture.vocab * architecture.hidden) * plan.compute_bytes
 
 
 def _logits_bytes(architecture: DecoderArchitecture, plan: TrainingPlan, *, forward: bool) -> int:
     """Logits in the type of the computation, and float32 copies in the loss: 12 bytes for each token and word."""
-    tokens = min(plan.tokens, LOSS_CHUNK_TOKENS) if plan.chunked_loss else plan.tokens
+    tokens = min(plan.tokens, plan.loss_chunk_tokens or plan.tokens)
     h, vocab = architecture.hidden, architecture.vocab
     tail = plan.tokens * h * (_stream_bytes(plan) + plan.compute_bytes) + plan.tokens * h // 2
     copies = 8 if plan.compute_bytes == 4 else 10
-    tied = plan.compute_bytes * vocab * h if architecture.tied and not forward else 0
-    return tokens * vocab * (copies if forward else 12) + tail + tied
+    summed = 0 if forward or tokens == plan.tokens else _chunks_gradient_bytes(architecture, plan, 12 * tokens * vocab)
+    return tokens * vocab * (copies if forward else 12) + tail + summed
+
+
+def _chunks_gradient_bytes(architecture: DecoderArchitecture, plan: TrainingPlan, logits_bytes: int) -> int:
+    """Of the head, whose gradients each chunk makes anew, beside the logits of a chunk."""
+    gradient = _embedding_gradient_bytes(architecture, plan)
+    if _casts(plan):  # the sum and the copy of the weight, both in the smaller type
+        return 2 * gradient * plan.compute_bytes // plan.weight_bytes
+    return max(gradient, 3 * gradient - logits_bytes)
+
+
+def _gradients_apart(architecture: DecoderArchitecture, plan: TrainingPlan) -> int:
+    """Gradients of the embedding, which come last in a backward pass, that are there beside the one that stays.
+
+    Where the weight has one from the micro-batches before, or is tied to the head, the new one is made apart. With tied
+    weights the two are added before that: in place where autocast has made the head's anew, else into a third, as the
+    head's is then a transposed view (measured with the allocator: benchmarks/memory_prediction.py).
+    """
+    earlier = 1 if plan.grad_accum_steps > 1 else 0
+    if not architecture.tied:
+        return earlier
+    return earlier + (1 if _casts(plan) else 2)
+
+
+def _casts(plan: TrainingPlan) -> bool:
+    """Whether autocast computes in a type that the weights are not held in."""
+    return plan.autocast is not None and plan.autocast != plan.weights
+
+
+def _embedding_gradient_bytes(architecture: DecoderArchitecture, plan: TrainingPlan) -> int:
+    """Of the embedding, or the head; nothing where it is frozen, or where gradients do not stay."""
+    if plan.mode != "full" or plan.offload or plan.optimizer_in_backward:
+        return 0
+    return architecture.vocab * architecture.hidden * plan.weight_bytes
 
 
 def _block_backward_bytes(architecture: DecoderArchitecture, plan: TrainingPlan) -> int:

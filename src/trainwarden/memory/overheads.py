@@ -25,7 +25,7 @@ REMEMBERED_RUNS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class RunMemory:
-    """Predicted and real peaks of one finished run, in bytes. ``None``: not measured.
+    """Predicted and real peaks of one run, in bytes. ``None``: not measured, or not what was predicted.
 
     Attributes:
         device: name of the device as its driver gives it.

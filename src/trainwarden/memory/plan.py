@@ -25,7 +25,7 @@ class TrainingPlan:
         weights: type in which the model is held: all of it (``full``), or what is frozen. Adapters are float32.
         autocast: type of the forward pass where it is not that of the weights.
         checkpointing: blocks keep their input only and are run again in the backward pass.
-        chunked_loss: logits are made a part at a time, never as a whole.
+        loss_chunk_tokens: logits are made for so many tokens at a time, twice; None holds all of them.
         optimizer_in_backward: each parameter is updated as soon as its gradient is there; excludes accumulation.
         offload: FSDP with CPU offload: weights, gradients and states live in host memory.
         dropout: of the adapters; a mask is kept for each.
@@ -39,7 +39,7 @@ class TrainingPlan:
     weights: DtypeName = "bfloat16"
     autocast: DtypeName | None = None
     checkpointing: bool = False
-    chunked_loss: bool = False
+    loss_chunk_tokens: int | None = None
     optimizer_in_backward: bool = False
     offload: bool = False
     lora_rank: int = 16

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from trainwarden.memory.plan import DtypeName, TrainingPlan
+from trainwarden.memory.plan import DtypeName, OptimizerName, TrainingPlan
 
 Change = Callable[[TrainingPlan], TrainingPlan | None]
 """The plan with one change, or None where it has it already or it does not apply."""
 
 
+LOSS_CHUNK_TOKENS = 1024
+"""Of the chunked loss that is advised: its logits take 1.2 GB at 100,000 words, and its products are still large."""
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """One change. ``cost``: what it takes from the training; ``how``: what a person does."""
+    """One change. ``cost``: what it takes from the training; ``how``: its flags, with fields of the plan."""
 
     name: str
     cost: str
     how: str
     change: Change
+
+    def flags(self, plan: TrainingPlan) -> str:
+        """What a person adds to ``warden train CONFIG`` for this part of ``plan``."""
+        return self.how.format(**asdict(plan))
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def _checkpointed(plan: TrainingPlan) -> TrainingPlan | None:
 
 
 def _chunked(plan: TrainingPlan) -> TrainingPlan | None:
-    return None if plan.chunked_loss else replace(plan, chunked_loss=True)
+    return None if plan.loss_chunk_tokens else replace(plan, loss_chunk_tokens=LOSS_CHUNK_TOKENS)
 
 
 def _one_row(plan: TrainingPlan) -> TrainingPlan | None:
@@ -62,7 +70,7 @@ def _one_row(plan: TrainingPlan) -> TrainingPlan | None:
 
 
 def _eight_bit(plan: TrainingPlan) -> TrainingPlan | None:
-    return replace(plan, optimizer="adamw_8bit") if plan.optimizer.startswith("adamw_f") else None
+    return replace(plan, optimizer="adamw_8bit") if plan.optimizer.startswith("adamw_f") and not plan.offload else None
 
 
 def _lora(plan: TrainingPlan) -> TrainingPlan | None:
@@ -80,18 +88,26 @@ def _qlora(plan: TrainingPlan) -> TrainingPlan | None:
 
 
 def _offload(plan: TrainingPlan) -> TrainingPlan | None:
-    return None if plan.offload or plan.mode == "qlora" else replace(plan, offload=True)
+    if plan.offload or plan.mode != "full":
+        return None
+    whole: OptimizerName = "adamw_fused" if plan.optimizer == "adamw_8bit" else plan.optimizer
+    return replace(plan, offload=True, optimizer=whole)  # pieces of weights have no 8-bit states
 
 
 REMEDIES: tuple[Remedy, ...] = (
-    Remedy("fused optimizer", "nothing", "AdamW(…, fused=True)", _fused),
-    Remedy("gradient checkpointing", "a third more compute", "trainer.gradient_checkpointing: true", _checkpointed),
-    Remedy("chunked cross entropy", "little", "torch.nn.functional.linear_cross_entropy (torch 2.13)", _chunked),
-    Remedy("smaller micro-batch, accumulated", "some speed", "trainer.batch_size and grad_accum_steps", _one_row),
-    Remedy("8-bit optimizer states", "a little precision", "bitsandbytes or torchao AdamW8bit", _eight_bit),
-    Remedy("LoRA", "trains adapters, not all weights", "model.mode: lora", _lora),
-    Remedy("QLoRA", "frozen weights at 4 bits; slower", "4-bit weights by bitsandbytes", _qlora),
-    Remedy("offload to host memory", "much slower; host memory", "trainer.full_ft_offload: true", _offload),
+    Remedy("fused optimizer", "nothing", "--optimizer adamw_fused", _fused),
+    Remedy("gradient checkpointing", "a third more compute", "-o trainer.gradient_checkpointing=true", _checkpointed),
+    Remedy("chunked cross entropy", "little", "-o trainer.loss_chunk_tokens={loss_chunk_tokens}", _chunked),
+    Remedy(
+        "smaller micro-batch, accumulated",
+        "some speed",
+        "-o trainer.batch_size={micro_batch_size} -o trainer.grad_accum_steps={grad_accum_steps}",
+        _one_row,
+    ),
+    Remedy("8-bit optimizer states", "a little precision", "-o trainer.optimizer=adamw_8bit", _eight_bit),
+    Remedy("LoRA", "trains adapters, not all weights", "-o model.mode=lora", _lora),
+    Remedy("QLoRA", "frozen weights at 4 bits; slower", "-o model.mode=qlora", _qlora),
+    Remedy("offload to host memory", "much slower; host memory", "-o trainer.full_ft_offload=true", _offload),
 )
 """In the order of what they cost."""
 
@@ -112,6 +128,8 @@ def advise(
 ) -> Advice:
     """Tries the remedies in order, each on top of the others, until the plan fits; then drops what it can do without.
 
+    One that excludes an earlier one (offloading is of full fine-tuning) is tried on top of those before that.
+
     Args:
         need: what a plan needs on the device and on the host.
         host_bytes: available host memory; None leaves it unchecked.
@@ -122,22 +140,23 @@ def advise(
         return device <= device_bytes and (host_bytes is None or host <= host_bytes)
 
     steps: list[Step] = []
-    applied: list[Remedy] = []
-    current, found = plan, False
+    stages: list[tuple[TrainingPlan, list[Remedy]]] = [(plan, [])]
+    found = False
     for remedy in remedies:
-        changed, alone = remedy.change(current), remedy.change(plan)
-        if changed is None or alone is None or found:
+        alone = remedy.change(plan)
+        stage = next((one for one in reversed(stages) if remedy.change(one[0]) is not None), None)
+        if alone is None or stage is None or found:
             continue
+        changed = remedy.change(stage[0]) or plan
         device, host = need(changed)
         if device >= UNPREDICTABLE_BYTES:
             continue
-        current = changed
-        applied.append(remedy)
-        steps.append(Step(remedy, need(alone)[0], device, current, host))
-        found = fits(current)
+        stages.append((changed, [*stage[1], remedy]))
+        steps.append(Step(remedy, need(alone)[0], device, changed, host))
+        found = fits(changed)
     if not found:
         return Advice(tuple(steps), (), None, None)
-    chosen = _fewest(plan, applied, fits)
+    chosen = _fewest(plan, stages[-1][1], fits)
     final = _fewest_parts(_all_applied(chosen, plan), plan, fits)
     return Advice(tuple(steps), tuple(chosen), final, need(final)[0])
 

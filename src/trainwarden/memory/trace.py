@@ -2,7 +2,8 @@
 
 What is traced is the model, the loop and the optimizer that will really run, with the libraries that are really
 installed. Against torch's CPU allocator the peak is right to the byte but for what kernels allocate for themselves
-(`benchmarks/memory_prediction.py`). Two steps, because optimizer states appear in the first one.
+(`benchmarks/memory_prediction.py`). Optimizer states appear in the first step, so that the second has the peak: it is
+the one that is traced, with the states made beforehand.
 """
 
 from __future__ import annotations

@@ -73,6 +73,10 @@ class Watcher(Protocol):
 
     def made(self, optimizers: list[torch.optim.Optimizer]) -> None: ...
 
+    def warmed(self) -> None:
+        """Only states have been made so far; what follows is the training."""
+        ...
+
 
 def run_steps(
     model: nn.Module,
@@ -82,13 +86,22 @@ def run_steps(
     steps: int = 2,
     watcher: Watcher | None = None,
     autocast: AbstractContextManager[Any] | None = None,
+    states_first: bool = False,
 ) -> None:
-    """Trains on ``batch`` for ``steps`` optimizer steps, as a plain PyTorch loop does."""
+    """Trains on ``batch`` for ``steps`` optimizer steps, as a plain PyTorch loop does.
+
+    ``states_first`` makes the optimizer's states beforehand, by a step over gradients that no backward pass has made.
+    """
     tell = _phase_of(watcher)
     optimizers, handles = _optimizers(model, loop)
     if watcher is not None:
         watcher.made(optimizers)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if states_first:
+        tell("optimizer")
+        _make_states(optimizers, parameters)
+        if watcher is not None:
+            watcher.warmed()
     try:
         for _ in range(steps):
             for _ in range(loop.grad_accum_steps):
@@ -109,6 +122,14 @@ def run_steps(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _make_states(optimizers: list[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _phase_of(watcher: Watcher | None) -> Callable[[Phase], None]:

@@ -21,14 +21,16 @@ SCALES_BLOCK = 256
 class PackedLinear(nn.Linear):
     """A linear layer with packed, frozen weights. Its output is a copy: peft clones that of a ``Linear4bit``."""
 
-    def __init__(self, of: nn.Linear, compute_dtype: torch.dtype, *, double_quant: bool) -> None:
+    def __init__(self, of: nn.Module, compute_dtype: torch.dtype, *, double_quant: bool) -> None:
         super().__init__(1, 1, bias=False, device="meta")
-        self.in_features, self.out_features = of.in_features, of.out_features
+        self.out_features, self.in_features = _shape_of(of) or (1, 1)
         self.compute_dtype = compute_dtype
-        elements = of.in_features * of.out_features
+        elements = self.in_features * self.out_features
         packed = torch.empty((elements + 1) // 2, 1, dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = None if of.bias is None else nn.Parameter(of.bias.to(compute_dtype), requires_grad=False)
+        bias = of._parameters.get("bias")
+        kept = None if bias is None else nn.Parameter(bias.to(compute_dtype), requires_grad=False)
+        self.register_parameter("bias", kept)
         scales = -(-elements // BLOCK)
         self._hold("absmax", scales, torch.uint8 if double_quant else torch.float32)
         self._hold("code", 16)
@@ -67,6 +69,16 @@ class _Product(torch.autograd.Function):
         return torch.matmul(grad, whole), None, None, None
 
 
+def _shape_of(module: nn.Module) -> tuple[int, int] | None:
+    """``(out_features, in_features)`` of what bitsandbytes can pack: linear layers, and GPT-2's transposed ones."""
+    if type(module) is nn.Linear:
+        return module.out_features, module.in_features
+    weight = module._parameters.get("weight")
+    if type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
 def pack_linears(
     model: nn.Module,
     *,
@@ -83,6 +95,6 @@ def pack_linears(
         parameter.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and name not in skip:
+            if _shape_of(child) is not None and name not in skip:
                 setattr(module, name, PackedLinear(child, compute_dtype, double_quant=double_quant))
     return model

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainwarden.memory.trace_accumulate import counts_when_sole, really_in_place
+from trainwarden.memory.trace_casts import copied_bytes
 from trainwarden.memory.trace_place import Moment, Whereabouts
 from trainwarden.memory.trace_values import NEEDS_VALUES, UNKNOWN, follow_values, from_values, with_known_indices
 
@@ -59,6 +60,8 @@ class Record:
     events: list[int] = field(default_factory=list)
     operators: list[str] = field(default_factory=list)
     """Of the storage with the same index."""
+    unlike: range = range(0)
+    """Events that no training has: while optimizer states were made beforehand."""
 
 
 PAGED = "_warden_paged"
@@ -76,16 +79,22 @@ def mark_paged(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Books storages into ``record``, each under the `Moment` that ``whereabouts`` states at its birth."""
+    """Books storages into ``record``, each under the `Moment` that ``whereabouts`` states at its birth.
 
-    def __init__(self, whereabouts: Whereabouts) -> None:
+    ``on_cpu`` books the copies that elementwise kernels of the CPU make of operands of other types as well.
+    """
+
+    def __init__(self, whereabouts: Whereabouts, *, on_cpu: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         counts_when_sole()
         self.record = Record()
         self._where = whereabouts
+        self._on_cpu = on_cpu
         self._call = 0
         self._alive: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
+        self._copies = 0
+        """Index of the copies of the operator that is being booked."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args = with_known_indices(func, args)
@@ -97,7 +106,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(out, torch.Tensor):
             if self._where.phase == "backward" and really_in_place(func, args, out):
                 self._move(args[0], out)
+            copied = copied_bytes(func, args, out) if self._on_cpu else 0
+            if copied:
+                self._book_copies(copied, func, args)
             self._book(out, func, args)
+            if copied:
+                self._bury_copies()
         elif out is not None:
             for leaf in pytree.tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
@@ -133,6 +147,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         if storage._cdata not in self._alive:
             self._birth(storage, str(func), self._where.moment(args, self.unit_of))
+
+    def _book_copies(self, nbytes: int, func: Any, args: Any) -> None:
+        """Born with what the operator returns, so that both are alive at its point of the timeline."""
+        record = self.record
+        record.storages.append(Stored(nbytes, self._where.moment(args, self.unit_of), self._call))
+        record.operators.append(str(func))
+        record.events.append(len(record.storages))
+        self._copies = len(record.storages) - 1
+
+    def _bury_copies(self) -> None:
+        self.record.events.append(-self._copies - 1)
+        self.record.storages[self._copies].died = self._where.serial
 
     def _move(self, old: torch.Tensor, new: torch.Tensor) -> None:
         """Takes ``new`` for what ``old`` was."""

@@ -50,6 +50,8 @@ def timeline(record: Record, prices: Prices) -> Iterator[Point]:
             total -= prices.of_storage(stored)
             continue
         total += prices.of_storage(stored)
+        if event in record.unlike:
+            continue
         following = record.storages[index + 1] if index + 1 < len(record.storages) else None
         if following is None or following.call != stored.call:
             yield Point(index, event, total + sum(prices.extra(event, stored.born).values()))

@@ -1,4 +1,4 @@
-"""One trace: two training steps of a model on fake CPU tensors, recorded."""
+"""One trace: a training step of a model on fake CPU tensors, the optimizer's states already there, recorded."""
 
 from __future__ import annotations
 
@@ -32,12 +32,33 @@ def record_steps(
     device_type: DeviceType,
     judge_masks: bool = True,
 ) -> Record:
-    """The births and deaths of two steps of ``model``, which stays on the meta device.
+    """The births and deaths of a step of ``model`` with optimizer states; it stays on the meta device.
 
-    ``judge_masks``: see `masks_judged_by_values`; it needs a batch with values if the batch has a mask.
+    The states are made beforehand rather than by a first step, which takes half the time. Where a parameter gets no
+    gradient, and so would have no states, two whole steps are traced. ``judge_masks``: see `masks_judged_by_values`; it
+    needs a batch with values if the batch has a mask.
     """
+
+    def record(states_first: bool) -> tuple[Record, bool]:
+        return _record(model, batch, loop, units, device_type, judge_masks=judge_masks, states_first=states_first)
+
+    found, each_has_a_gradient = record(states_first=True)
+    return found if each_has_a_gradient else record(states_first=False)[0]
+
+
+def _record(
+    model: nn.Module,
+    batch: Any,
+    loop: TrainingLoop,
+    units: Mapping[str, str],
+    device_type: DeviceType,
+    *,
+    judge_masks: bool,
+    states_first: bool,
+) -> tuple[Record, bool]:
+    """What was recorded, and whether each trainable parameter has got a gradient."""
     where = Whereabouts(model, units)
-    recorder = Recorder(where)
+    recorder = Recorder(where, on_cpu=device_type == "cpu")
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     with ExitStack() as stack:
         stack.enter_context(on_fake_cpu(model, mode))
@@ -53,8 +74,16 @@ def record_steps(
         stack.enter_context(where.followed())
         stack.enter_context(mode)
         stack.enter_context(recorder)
-        run_steps(model, batch, loop, watcher=labels, autocast=_autocast(loop.autocast))
-    return recorder.record
+        run_steps(
+            model,
+            batch,
+            loop,
+            steps=1 if states_first else 2,
+            watcher=labels,
+            autocast=_autocast(loop.autocast),
+            states_first=states_first,
+        )
+    return recorder.record, labels.each_has_a_gradient
 
 
 class _Labels:
@@ -74,6 +103,8 @@ class _Labels:
         self._model = model
         self._units = {id(p): unit_of_name(name, units) for name, p in model.named_parameters(remove_duplicate=False)}
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._without = {id(p) for p in model.parameters() if p.requires_grad}
+        """Trainable parameters that have got no gradient yet."""
         self._handles = [
             p.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for p in model.parameters()
@@ -94,9 +125,18 @@ class _Labels:
 
     def made(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
+        self._begun = len(self._recorder.record.events)
         if self._device_type == "cuda":
             for optimizer in optimizers:
                 choose_as_on_cuda(optimizer)
+
+    def warmed(self) -> None:
+        record = self._recorder.record
+        record.unlike = range(self._begun, len(record.events))
+
+    @property
+    def each_has_a_gradient(self) -> bool:
+        return not self._without
 
     def close(self) -> None:
         for handle in self._handles:
@@ -104,6 +144,7 @@ class _Labels:
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
+            self._without.discard(id(parameter))
             self._recorder.label([parameter.grad], "gradients", self._units[id(parameter)], id(parameter))
 
     def _label_states(self) -> None:

@@ -20,6 +20,8 @@ from trainwarden.errors import (
     UsageError,
     WardenError,
 )
+from trainwarden.guards.finite import FiniteAction
+from trainwarden.guards.spikes import SpikeAction
 from trainwarden.train.docstrings import SOURCE_NAME
 from trainwarden.train.settings import (
     RULES,
@@ -28,6 +30,7 @@ from trainwarden.train.settings import (
     DeviceChoice,
     DtypeChoice,
     Mode,
+    OptimizerChoice,
     Schedule,
     check_settings,
 )
@@ -103,7 +106,7 @@ class TrainerSection(_Section):
     schedule: Schedule = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: OptimizerChoice = "adamw"
     seed: int = 0
     log_every_steps: int = 10
     eval_every_steps: int = 0
@@ -113,6 +116,8 @@ class TrainerSection(_Section):
     full_ft_offload: bool = False
     full_ft_ceiling_billions: float | None = None
     gradient_checkpointing: bool = False
+    gradient_checkpointing_if_needed: bool = False
+    loss_chunk_tokens: int | None = None
     device_memory_bytes: int | None = None
 
 
@@ -122,6 +127,8 @@ class GuardSection(_Section):
     oom_recovery: bool = True
     max_shrinks: int = 3
     max_skipped_in_a_row: int = 5
+    finite_action: FiniteAction = "skip"
+    spike_action: SpikeAction = "announce"
     checkpoint_every_steps: int | None = None
     checkpoint_every_s: float | None = 600.0
     keep_last: int = 2
@@ -154,9 +161,9 @@ class TrainConfig(_Section):
         Raises:
             ConfigurationError, InvalidSettingError: it is not one, or not one of this version.
         """
-        leaves = {key: _Setting(value, place) for key, value in _flattened(stored)}
+        leaves = {key: Setting(value, place) for key, value in _flattened(stored)}
         for key, value in changes.items():
-            _put(leaves, key.replace(_NESTING, "."), _Setting(value, place))
+            _put(leaves, key.replace(_NESTING, "."), Setting(value, place))
         return _build(leaves, place)
 
 
@@ -184,7 +191,9 @@ class ResolvedConfig:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
+    """A value, and where it comes from: ``flag``, ``environment NAME`` or ``FILE:LINE``."""
+
     value: Any
     source: str
 
@@ -208,14 +217,32 @@ def load_config(
         InvalidSettingError: one value cannot be.
         UsageError: an override is not ``key=value``.
     """
+    return resolve(read_settings(path, overrides, environ), str(path))
+
+
+def read_settings(
+    path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> dict[str, Setting]:
+    """All settings of a YAML file by dotted key, the environment and ``overrides`` laid over them, still unchecked.
+
+    Raises ConfigNotFoundError, ConfigurationError and UsageError as `load_config`.
+    """
     path = Path(path)
-    leaves = {key: _Setting(leaf.value, f"{path}:{leaf.line}") for key, leaf in _read(path)}
+    leaves = {key: Setting(leaf.value, f"{path}:{leaf.line}") for key, leaf in _read(path)}
     for key, setting in (
         *_from_environment(os.environ if environ is None else environ),
         *_from_flags(overrides),
     ):
         _put(leaves, key, setting)
-    config = _build(leaves, str(path))
+    return leaves
+
+
+def resolve(settings: Mapping[str, Setting], place: str, over: Mapping[str, Setting] | None = None) -> ResolvedConfig:
+    """The configuration of a training made of settings, with ``over`` laid over them. Raises as `load_config`."""
+    leaves = dict(settings)
+    for key, setting in (over or {}).items():
+        _put(leaves, key, setting)
+    config = _build(leaves, place)
     return ResolvedConfig(_with_whole_paths(config), {key: setting.source for key, setting in leaves.items()})
 
 
@@ -232,7 +259,7 @@ def _read(path: Path) -> list[tuple[str, Any]]:
         raise ConfigurationError(place=str(path), problem=f"the file cannot be read: {problem}") from error
 
 
-def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, _Setting]]:
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Setting]]:
     for name in sorted(environ):
         words = name.removeprefix(ENVIRONMENT_PREFIX)
         if name.startswith(ENVIRONMENT_PREFIX) and (_NESTING in words or words == "OUTPUT_DIR"):
@@ -240,7 +267,7 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, _Settin
             yield from _parsed(key, environ[name], f"environment {name}")
 
 
-def _from_flags(overrides: Sequence[str]) -> Iterator[tuple[str, _Setting]]:
+def _from_flags(overrides: Sequence[str]) -> Iterator[tuple[str, Setting]]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -248,16 +275,16 @@ def _from_flags(overrides: Sequence[str]) -> Iterator[tuple[str, _Setting]]:
         yield from _parsed(key.strip(), text, "flag")
 
 
-def _parsed(key: str, text: str, source: str) -> Iterator[tuple[str, _Setting]]:
+def _parsed(key: str, text: str, source: str) -> Iterator[tuple[str, Setting]]:
     try:
         value = parse_value(text)
     except YamlProblem as error:
         raise ConfigurationError(place=f"{source} ({key})", problem=error.problem) from error
     for leaf_key, leaf in _flattened({key: value}):
-        yield leaf_key, _Setting(leaf, source)
+        yield leaf_key, Setting(leaf, source)
 
 
-def _put(leaves: dict[str, _Setting], key: str, setting: _Setting) -> None:
+def _put(leaves: dict[str, Setting], key: str, setting: Setting) -> None:
     """Lay one setting over the others: it takes the place of what lies below its key, or above."""
     sections = _sections()
     if key in sections and not setting.value:  # nothing in it: nothing to lay over
@@ -276,7 +303,7 @@ def _flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _build(leaves: Mapping[str, _Setting], place: str) -> TrainConfig:
+def _build(leaves: Mapping[str, Setting], place: str) -> TrainConfig:
     """The model made of leaves, or the one error that says everything that is wrong with them."""
     try:
         config = TrainConfig.model_validate(_tree(leaves))
@@ -291,7 +318,7 @@ def _build(leaves: Mapping[str, _Setting], place: str) -> TrainConfig:
     return config
 
 
-def _tree(leaves: Mapping[str, _Setting]) -> dict[str, Any]:
+def _tree(leaves: Mapping[str, Setting]) -> dict[str, Any]:
     tree: dict[str, Any] = {name: {} for name in _sections()}
     for key, setting in leaves.items():
         *parents, name = key.split(".")
@@ -311,7 +338,7 @@ def _as_trainer_settings(config: TrainConfig) -> dict[str, Any]:
     return {**named, "output_dir": config.output_dir, "eval_dataset": config.data.eval}
 
 
-def _problem(fault: Any, leaves: Mapping[str, _Setting], place: str) -> WardenError:
+def _problem(fault: Any, leaves: Mapping[str, Setting], place: str) -> WardenError:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         where = next((leaves[k].source for k in leaves if k == key or k.startswith(f"{key}.")), place)
@@ -324,7 +351,7 @@ def _problem(fault: Any, leaves: Mapping[str, _Setting], place: str) -> WardenEr
     return _invalid(key, fault["input"], expected, leaves)
 
 
-def _invalid(key: str, value: Any, expected: str, leaves: Mapping[str, _Setting]) -> InvalidSettingError:
+def _invalid(key: str, value: Any, expected: str, leaves: Mapping[str, Setting]) -> InvalidSettingError:
     if isinstance(value, Mapping) and key in _sections():
         both = ("name_or_path", "config")
         value = {name: value[name] for name in both if value.get(name) is not None} or "without either"

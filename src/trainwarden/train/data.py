@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainwarden.errors import InvalidSettingError, ResumeMismatchError
+from trainwarden.runtime.unreadable import skip_unreadable
 from trainwarden.train.docstrings import SOURCE_NAME, docstring_rows
 from trainwarden.train.encode import IGNORED, Encoded
 from trainwarden.train.jsonl import IN_MEMORY, read_jsonl, read_sequence
@@ -137,11 +138,12 @@ def training_loader(
     """A shuffled loader that yields, for each optimizer step, the list of its micro-batches.
 
     One item a step keeps the data position of a checkpoint whole, whatever the accumulation. The order comes
-    from a generator of its own, seeded by ``seed``: neither dropout nor evaluation moves it.
+    from a generator of its own, seeded by ``seed``: neither dropout nor evaluation moves it. A row that cannot be
+    read is left out of its step.
     """
     collator = StepCollator(micro_batch_size=micro_batch_size, pad_token_id=pad_token_id)
     return DataLoader(
-        dataset,
+        skip_unreadable(dataset),
         batch_size=micro_batch_size * grad_accum_steps,
         shuffle=True,
         collate_fn=collator,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +19,9 @@ from trainwarden.memory import arithmetic
 from trainwarden.memory.plan import TrainingPlan
 from trainwarden.memory.prediction import Prediction
 from trainwarden.memory.trace import CannotTraceError, TrainingLoop, trace
-from trainwarden.train.models import quiet_torchao
+from trainwarden.memory.trace_loop import ComputeLoss
+from trainwarden.train.chunked_loss import chunked_loss
+from trainwarden.train.models import quiet_torchao, without_collections
 from trainwarden.train.subject import Subject
 
 ATTENTION = "warden_trace"
@@ -46,6 +51,7 @@ class Forecast:
     device_type: DeviceType = "cuda"
     _known: dict[TrainingPlan, Prediction] = field(default_factory=dict, init=False)
     _why_not_traced: str = field(default="", init=False)
+    _built: dict[TrainingPlan, nn.Module] = field(default_factory=dict, init=False, repr=False)
     _scale: dict[Any, float] = field(default_factory=dict, init=False)
     """Trace over closed form, by what makes them differ: see `_kind`."""
 
@@ -69,7 +75,7 @@ class Forecast:
 
     def _predict(self, plan: TrainingPlan) -> Prediction:
         architecture = self.subject.architecture
-        reason = self._why_not(plan)
+        reason = self._why_not()
         if not reason:
             try:
                 prediction = self._trace(plan)
@@ -82,23 +88,29 @@ class Forecast:
         closed = arithmetic.predict(architecture, plan)
         return replace(closed, notes=(f"not traced: {reason}", *closed.notes))
 
-    def _why_not(self, plan: TrainingPlan) -> str:
+    def _why_not(self) -> str:
         if not self.traced:
             return "the closed form was asked for"
-        if plan.chunked_loss:
-            return "the chunked loss is not part of transformers' models"
         return self._why_not_traced
 
     def _trace(self, plan: TrainingPlan) -> Prediction:
         with quiet_torchao(), _quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, about a model that will never run
             return trace(
-                builder(self.subject.config, plan),
+                lambda: self._model(plan),
                 example_batch(plan),
                 loop_for(plan),
                 device_type=self.device_type,
                 cpu_offload=plan.offload,
             )
+
+    def _model(self, plan: TrainingPlan) -> nn.Module:
+        """What is traced of ``plan``; the last one is kept, since searches change the batch only."""
+        key = replace(plan, micro_batch_size=1, sequence_length=1, grad_accum_steps=1, optimizer="sgd")
+        if key not in self._built:
+            with without_collections():
+                self._built = {key: builder(self.subject.config, plan)()}
+        return self._built[key]
 
     def _checked(self, prediction: Prediction, plan: TrainingPlan) -> Prediction:
         architecture = self.subject.architecture
@@ -110,7 +122,7 @@ class Forecast:
 
 
 def _kind(plan: TrainingPlan) -> Any:
-    return plan.mode, plan.checkpointing, plan.autocast, plan.optimizer
+    return plan.mode, plan.checkpointing, plan.autocast, plan.optimizer, plan.loss_chunk_tokens
 
 
 def _scaled(prediction: Prediction, factor: float) -> Prediction:
@@ -152,7 +164,9 @@ def _prepared(model: Any, plan: TrainingPlan) -> nn.Module:
         from trainwarden.memory.trace_packed import pack_linears
 
         compute = getattr(torch, plan.autocast or plan.weights)
-        pack_linears(model, compute_dtype=compute, double_quant=True, skip=("lm_head",))
+        head = model.get_output_embeddings()
+        kept = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+        pack_linears(model, compute_dtype=compute, double_quant=True, skip=kept)
     if plan.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if plan.mode != "full":
@@ -162,6 +176,27 @@ def _prepared(model: Any, plan: TrainingPlan) -> nn.Module:
 
 
 def _with_adapters(model: Any, plan: TrainingPlan) -> Any:
+    with _without_bitsandbytes():
+        return _adapted(model, plan)
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Keeps peft from importing bitsandbytes, a second's work, for a model that has none of its layers."""
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
+        tests = importlib.import_module("peft.import_utils")
+        for name in ("is_bnb_available", "is_bnb_4bit_available"):  # they remember what they found
+            getattr(getattr(tests, name, None), "cache_clear", lambda: None)()
+
+
+def _adapted(model: Any, plan: TrainingPlan) -> Any:
     with quiet_torchao():
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -210,13 +245,19 @@ _BATCH = ("input_ids", "attention_mask", "labels")
 def loop_for(plan: TrainingPlan) -> TrainingLoop:
     """The step of `TrainingLoop` in `train.loop`, for a trace."""
     return TrainingLoop(
-        compute_loss=_converted_loss if plan.autocast else _plain_loss,
+        compute_loss=_loss_of(plan),
         make_optimizer=lambda parameters: _optimizer(parameters, plan),
         grad_accum_steps=plan.grad_accum_steps,
         autocast=None if plan.autocast is None else getattr(torch, plan.autocast),
         max_grad_norm=None if plan.optimizer_in_backward else 1.0,
         optimizer_in_backward=plan.optimizer_in_backward,
     )
+
+
+def _loss_of(plan: TrainingPlan) -> ComputeLoss:
+    if plan.loss_chunk_tokens is not None:
+        return partial(chunked_loss, chunk_tokens=plan.loss_chunk_tokens)
+    return _converted_loss if plan.autocast else _plain_loss
 
 
 def _plain_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,12 @@ from trainwarden.train.forecast import Forecast, NoPredictionError
 from trainwarden.train.models import Say, source_name
 from trainwarden.train.precision import Precision
 from trainwarden.train.preflight import Judge, advice_sentence
-from trainwarden.train.subject import Subject, complete, plan_for, read_subject, subject_of
+from trainwarden.train.subject import OPTIMIZERS, Subject, complete, plan_for, read_subject, subject_of
 
 if TYPE_CHECKING:
     from trainwarden.runtime import Guard
     from trainwarden.train.preparation import Prepared
+    from trainwarden.train.result import TrainResult
     from trainwarden.train.trainer import Trainer
 
 AUTO_MARGIN = 0.05
@@ -53,7 +54,7 @@ class Foresight:
     def __init__(self, trainer: Trainer, device: torch.device, precision: Precision, *, say: Say) -> None:
         self._trainer = trainer
         self._say = say
-        self._on_gpu = device.type == "cuda"
+        self._on_gpu = tells_peaks(device)
         self._memory = _memory_of(device, trainer.device_memory_bytes)
         self._overheads = self._known_overheads() if self._on_gpu else NO_OVERHEADS
         self._forecast: Forecast | None = None
@@ -189,6 +190,7 @@ class Foresight:
             ("full_ft_offload=True", offload and self._would_fit(offloaded)),
             ("mode='lora'", self._would_fit(lora)),
             ("mode='lora' with gradient_checkpointing=True", self._would_fit(replace(lora, checkpointing=True))),
+            ("mode='qlora' with gradient_checkpointing=True", self._would_fit(_packed(lora))),
         ]
 
     def _would_fit(self, plan: TrainingPlan) -> bool:
@@ -206,8 +208,8 @@ class Foresight:
         """Rows of a micro-batch: as asked, or what ``auto`` makes of the prediction. Tells the guard what fits."""
         longest = max(len(row.input_ids) for row in prepared.train.rows)
         self._plan = replace(self._plan, sequence_length=max(2, longest))
-        rows = self._predicted_rows()
         asked = self._trainer.batch_size
+        rows = asked if isinstance(asked, int) and self._fits(asked) else self._predicted_rows()
         chosen = asked if isinstance(asked, int) else self._automatic(rows, len(prepared.train))
         self._plan = replace(self._plan, micro_batch_size=chosen)
         if rows is not None and 0 < rows < chosen and self._may_foretell():
@@ -223,6 +225,13 @@ class Foresight:
         from trainwarden.train.trainer import Trainer
 
         return self._trainer.oom_recovery and type(self._trainer).compute_loss is Trainer.compute_loss
+
+    def _fits(self, rows: int) -> bool:
+        """Whether so many rows are predicted to fit: then nobody asks how many more would."""
+        if self._forecast is None or self._memory is None:
+            return False
+        judge = Judge(self._forecast, self._overheads, self._memory)
+        return judge.fits(replace(self._plan, micro_batch_size=rows))
 
     def _predicted_rows(self, margin: float = 0.0) -> int | None:
         """The largest micro-batch that fits; None without a prediction."""
@@ -252,20 +261,22 @@ class Foresight:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def record(self, run_id: str | None) -> None:
-        """Keeps the predicted and the real peak in the ledger: what later predictions are calibrated by."""
+    def record(self, run_id: str | None, result: TrainResult | None) -> None:
+        """Keeps the predicted and the real peak in the ledger: what later predictions are calibrated by.
+
+        ``result`` is None for a run that ended early. Of it, and of one that ran smaller parts than predicted or went
+        back to a checkpoint, the real peak is that of something else, and is not kept.
+        """
         if self._prediction is None or self._memory is None or run_id is None:
             return
-        allocated = reserved = context = None
-        if self._on_gpu:
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            context = _context_bytes(self._memory)
+        as_predicted = result is not None and not (result.shrinks or result.rollbacks)
+        peaks = measured_peaks(self._memory) if self._on_gpu and as_predicted else Peaks()
         measured = RunMemory(
             device=self._memory.name,
             predicted_bytes=self._prediction.peak_bytes,
-            allocated_bytes=allocated,
-            reserved_bytes=reserved,
-            context_bytes=context,
+            allocated_bytes=peaks.allocated_bytes,
+            reserved_bytes=peaks.reserved_bytes,
+            context_bytes=peaks.context_bytes,
         )
         try:
             Ledger().note_memory(run_id, measured)
@@ -288,10 +299,16 @@ def plan_of(trainer: Trainer, precision: Precision) -> TrainingPlan:
         sequence_length=trainer.max_length,
         grad_accum_steps=trainer.grad_accum_steps,
         checkpointing=trainer.gradient_checkpointing,
+        optimizer=OPTIMIZERS[trainer.optimizer],
+        loss_chunk_tokens=trainer.loss_chunk_tokens,
         offload=trainer.full_ft_offload,
         lora_rank=trainer.lora_rank,
         lora_dropout=trainer.lora_dropout,
     )
+
+
+def _packed(lora: TrainingPlan) -> TrainingPlan:
+    return replace(lora, mode="qlora", checkpointing=True)
 
 
 def _memory_of(device: torch.device, asked_bytes: int | None) -> DeviceMemory | None:
@@ -311,6 +328,26 @@ def _memory_of(device: torch.device, asked_bytes: int | None) -> DeviceMemory | 
 def _reading(index: int) -> hardware.Reading | None:
     found = hardware.list_devices().devices
     return next((one.read() for one in found if one.index == index), None)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a device's allocator held at most, and what the process holds beside it; None: not told."""
+
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    context_bytes: int | None = None
+
+
+def tells_peaks(device: torch.device) -> bool:
+    """Whether the allocator of this device tells its peaks: CUDA's does, the CPU's does not."""
+    return device.type == "cuda"
+
+
+def measured_peaks(memory: DeviceMemory) -> Peaks:
+    """Of this process's training on CUDA."""
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return Peaks(allocated, reserved, _context_bytes(memory))
 
 
 def _context_bytes(memory: DeviceMemory) -> int | None:

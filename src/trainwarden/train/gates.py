@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trainwarden.capability import Machine, Verdict, require_backend, require_fp8, require_fsdp_offload
+from trainwarden.capability import (
+    Machine,
+    Verdict,
+    require_backend,
+    require_fp8,
+    require_fsdp_offload,
+    require_quantized,
+)
+from trainwarden.capability.gates import Quantized
 from trainwarden.capability.verdict import degraded
 from trainwarden.train.models import ModelSource
 from trainwarden.train.settings import BackendChoice, DeviceChoice
@@ -32,6 +41,7 @@ class Granted:
 
     fp8: Verdict | None = None
     offload: Verdict | None = None
+    quantized: Mapping[Quantized, Verdict] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -47,13 +57,14 @@ def ask(trainer: Trainer, machine: Machine | None = None) -> Granted:
         MLXUnavailableError: MLX on a Mac that lacks it.
         FP8UnsupportedError: the GPU computes in FP8 and the installed torchao cannot be imported.
         FSDPUnavailableError: full fine-tuning cannot be offloaded here.
+        QuantizationUnavailableError: 4-bit weights or 8-bit optimizer states cannot be had here.
     """
     machine = machine or Machine()
     require_backend(trainer.backend, runners=RUNNERS, machine=machine)
     warnings: list[str] = []
     fp8 = _fp8(trainer, machine, warnings) if trainer.fp8 else None
     offload = _offload(trainer, machine) if trainer.full_ft_offload else None
-    return Granted(fp8, offload, tuple(warnings))
+    return Granted(fp8, offload, _quantized(trainer, machine), tuple(warnings))
 
 
 def device_asked(device: DeviceChoice, backend: BackendChoice) -> DeviceChoice:
@@ -99,3 +110,10 @@ def _offload(trainer: Trainer, machine: Machine) -> Verdict:
     return require_fsdp_offload(
         parameters=parameter_count(trainer.model), machine=machine, backend="gloo" if rehearsed else "nccl"
     )
+
+
+def _quantized(trainer: Trainer, machine: Machine) -> dict[Quantized, Verdict]:
+    asked: dict[Quantized, bool] = {"nf4": trainer.mode == "qlora", "adam8bit": trainer.optimizer == "adamw_8bit"}
+    wanted = [one for one, is_asked in asked.items() if is_asked]
+    on_cpu = device_asked(trainer.device, trainer.backend) == "cpu"
+    return require_quantized(wanted, on_cpu=on_cpu, machine=machine) if wanted else {}

@@ -22,7 +22,8 @@ from trainwarden.runtime import Guard
 from trainwarden.runtime.ranks import is_rank_failure
 from trainwarden.runtime.shortage import Shortage
 from trainwarden.runtime.split import shifted_target_tokens
-from trainwarden.train.data import Batch, DatasetIdentity, training_loader
+from trainwarden.train.chunked_loss import require_chunkable
+from trainwarden.train.data import Batch, DatasetIdentity, EncodedDataset, training_loader
 from trainwarden.train.evaluate import evaluation_batches
 from trainwarden.train.hub import first_line
 from trainwarden.train.metrics import Metrics
@@ -30,6 +31,7 @@ from trainwarden.train.models import quiet_progress_bars
 from trainwarden.train.preparation import BASE_MODEL_FOLDER, MODEL_FOLDER, Prepared
 from trainwarden.train.publish import publish, read_marker
 from trainwarden.train.result import TrainResult
+from trainwarden.train.rollback import WayBack
 from trainwarden.train.schedule import build_adamw, build_schedule, lr_factor
 from trainwarden.train.sensors import Sensors
 
@@ -88,11 +90,14 @@ class TrainingLoop:
         self._eval_loss: float | None = None
         with typed_failures("load"):
             self._model = self._placed(prepared.model)
+            if trainer.loss_chunk_tokens is not None:
+                require_chunkable(self._model, self._device)
             optimizer = build_adamw(
                 self._model,
                 learning_rate=trainer.learning_rate,
                 weight_decay=trainer.weight_decay,
                 device=self._device,
+                kind=trainer.optimizer,
             )
             # The guard hooks the optimizer itself; accelerate's wrapper takes no hooks.
             self._optimizer: torch.optim.Optimizer = accelerator.prepare(optimizer).optimizer
@@ -103,14 +108,32 @@ class TrainingLoop:
             max_steps=trainer.max_steps,
         )
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        others = [self._scheduler, self._metrics, *filter(None, [accelerator.scaler])]
+        self._way_back = WayBack(
+            guard,
+            accelerator.ranks,
+            self._model,
+            self._optimizer,
+            others,
+            may_return=trainer.oom_recovery and self._ends_together(),
+        )
 
     def _placed(self, model: Any) -> Any:
         return self._guard.attempt("load", lambda: self._accelerator.prepare(model))
 
     def run(self) -> TrainResult:
         """Trains to ``max_steps``, evaluates, publishes the model. Errors: see `Trainer.train`."""
-        guard, trainer, prepared = self._guard, self._trainer, self._prepared
         self._sensors.forget_peak_memory()
+        run_id, model_path = self._way_back.through(self._run_once)
+        return self._result(run_id, model_path)
+
+    def _ends_together(self) -> bool:
+        """Whether memory that runs out on one rank ends all of them with the same error."""
+        return True
+
+    def _run_once(self) -> tuple[str, Path]:
+        """From the newest checkpoint to the end: the run's name, and where its model lies."""
+        guard, trainer, prepared = self._guard, self._trainer, self._prepared
         with (
             guard.watch(
                 model=self._model,
@@ -120,17 +143,19 @@ class TrainingLoop:
                 metrics=self._metrics,
                 data=DatasetIdentity(prepared.train, accept_changes=trainer.accept_changes),
             ),
+            self._way_back.watching(),
             typed_failures("step"),
         ):
             self.run_id = guard.run_id
-            for notice in prepared.notices:
+            notices, prepared.notices = prepared.notices, []
+            for notice in notices:
                 guard.emit(Notice(step=guard.steps_completed, text=notice))
             self._publish_tokenizer()
             self._train()
             model_path = self._finish()
             run_id = guard.run_id
         assert run_id is not None
-        return self._result(run_id, model_path)
+        return run_id, model_path
 
     # -- steps -------------------------------------------------------------------------------------------
 
@@ -157,10 +182,15 @@ class TrainingLoop:
         targets = [shifted_target_tokens(batch) for batch in micro_batches]
         shares = [count / sum(targets) for count in targets]
         losses = [self._backward(batch, share) for batch, share in zip(micro_batches, shares, strict=True)]
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
+        self._update(torch.stack(losses).sum(), tokens)
+
+    def _update(self, loss: Tensor, tokens: int) -> None:
+        """What follows the backward passes of a step. ``loss``, 0-d, and ``tokens`` are what is logged of it."""
         scaler = self._accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self._optimizer)
-        grad_norm = self._guard.clip_grad_norm_(self._parameters, self._trainer.max_grad_norm or math.inf)
+        grad_norm = self._clip()
         if scaler is not None:
             scaler.step(self._optimizer)
             scaler.update()
@@ -168,8 +198,11 @@ class TrainingLoop:
             self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-        self._metrics.note_step(torch.stack(losses).sum(), grad_norm, tokens)
+        self._metrics.note_step(loss, grad_norm.to(loss.device), tokens)
+
+    def _clip(self) -> Tensor:
+        """The norm of the gradients before they were scaled down to ``max_grad_norm``, 0-d."""
+        return self._guard.clip_grad_norm_(self._parameters, self._trainer.max_grad_norm or math.inf)
 
     def _backward(self, batch: Batch, share: float) -> Tensor:
         """``share``: what this micro-batch's targets are of the whole step's."""
@@ -189,6 +222,7 @@ class TrainingLoop:
     def _at_boundary(self) -> None:
         """After a step and its checkpoint: log and evaluate when due."""
         trainer, step = self._trainer, self._guard.steps_completed
+        self._way_back.at_boundary()
         self._sensors.temperature_c()  # for the maximum
         last = step == trainer.max_steps
         if not self._metrics.window_is_empty and (step == 1 or step % trainer.log_every_steps == 0 or last):
@@ -227,6 +261,12 @@ class TrainingLoop:
         dataset = self._prepared.evaluation
         if dataset is None:
             return
+        self._eval_loss = self._mean_loss(dataset)
+        self._guard.emit(Evaluated(step=step, loss=self._eval_loss, rows=len(dataset)))
+        self._metrics.start_clock()
+
+    def _mean_loss(self, dataset: EncodedDataset) -> float:
+        """Over all its target tokens."""
         batches = evaluation_batches(
             dataset.rows,
             batch_size=self._evaluation_rows(),
@@ -234,9 +274,7 @@ class TrainingLoop:
         )
         loss = self._guard.evaluate(self._loss_of, batches, weight=shifted_target_tokens)
         assert isinstance(loss, float)
-        self._eval_loss = loss
-        self._guard.emit(Evaluated(step=step, loss=loss, rows=len(dataset)))
-        self._metrics.start_clock()
+        return loss
 
     def _evaluation_rows(self) -> int:
         """Rows of an evaluated batch: those of a micro-batch, as far as they are known to fit."""
@@ -267,7 +305,7 @@ class TrainingLoop:
 
     def _save_weights(self, folder: Path) -> None:
         model = self._accelerator.unwrap_model(self._model, keep_fp32_wrapper=True)
-        if self._trainer.mode == "lora":
+        if self._trainer.mode != "full":
             # "auto" would ask the Hub whether the vocabulary was resized.
             model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         else:
@@ -278,17 +316,19 @@ class TrainingLoop:
             base.save_pretrained(folder / BASE_MODEL_FOLDER)
 
     def _model_bytes(self) -> int:
-        saved = self._parameters if self._trainer.mode == "lora" else self._model.parameters()
+        saved = self._model.parameters() if self._trainer.mode == "full" else self._parameters
         return sum(parameter.numel() * parameter.element_size() for parameter in saved)
 
     def _result(self, run_id: str, model_path: Path) -> TrainResult:
         guard, history = self._guard, self._metrics.history
+        ranks: int = self._accelerator.world_size
         return TrainResult(
             run_id=run_id,
             run_dir=str(guard.run_dir),
             steps_completed=guard.steps_completed,
             steps_skipped=guard.steps_skipped,
             shrinks=guard.shrinks,
+            data_skipped=guard.data_skipped,
             tokens=history.tokens,
             wall_s=time.perf_counter() - self._began_s,
             first_loss=math.nan if history.first is None else history.first,
@@ -300,4 +340,7 @@ class TrainingLoop:
             max_temperature_c=self._sensors.max_temperature_c,
             checkpoint_path=None if guard.newest_checkpoint is None else str(guard.newest_checkpoint),
             model_path=str(model_path),
+            rollbacks=self._way_back.count,
+            world_size=ranks,
+            global_batch_size=ranks * self._micro_batch_size * self._trainer.grad_accum_steps,
         )

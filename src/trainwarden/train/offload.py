@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainwarden.capability.distributed import launched_ranks
-from trainwarden.errors import FSDPUnavailableError, InvalidSettingError, RankLostError, WardenError
-from trainwarden.runtime.ranks import DEFAULT_DEADLINE_S, Ranks, current_ranks, leave_together
-from trainwarden.runtime.sharded import spread, summed
+from trainwarden.errors import FSDPUnavailableError, InvalidSettingError
+from trainwarden.runtime.ranks import DEFAULT_DEADLINE_S, Ranks, current_ranks
+from trainwarden.runtime.sharded import spread
 from trainwarden.train.precision import Precision
-
-T = TypeVar("T")
+from trainwarden.train.processes import Processes, device_of_rank, process_group
 
 
 @dataclass(eq=False)
-class Offload:
+class Offload(Processes):
     """The ranks of an offloaded training: what an accelerate ``Accelerator`` is to any other."""
 
     device: torch.device
@@ -41,12 +40,9 @@ class Offload:
     scaler: None = field(default=None, init=False)
 
     @property
-    def rank(self) -> int:
-        return self.ranks.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.ranks.world_size
+    def loads_weights(self) -> bool:
+        """Whether this rank reads the model's weights itself; the others are given their pieces of rank 0's."""
+        return self.rank == 0
 
     def prepare(self, what: Any) -> Any:
         """A model is put in pieces on the ranks' hosts; an optimizer over it needs nothing. Collective for models."""
@@ -54,19 +50,6 @@ class Offload:
 
     def unwrap_model(self, model: nn.Module, **_: Any) -> nn.Module:
         return model
-
-    def together(self, do: Callable[[], T]) -> T:
-        """What ``do`` returns on this rank, once it has succeeded on all; else its error on all. Collective."""
-        found: list[T] = []
-        error: WardenError | None = None
-        try:
-            found.append(do())
-        except WardenError as problem:
-            error = problem
-        error = leave_together(self.ranks, error)
-        if error is not None:
-            raise error
-        return found[0]
 
     def shard(self, model: nn.Module) -> nn.Module:
         """The model itself, its parameters DTensors of float32 whose pieces lie on the hosts. Collective.
@@ -93,10 +76,6 @@ class Offload:
             torch.manual_seed(self.seed + self.rank)  # or dropout would drop the same on all ranks
         return model
 
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of a 0-d tensor over the ranks, the same on each. Collective."""
-        return summed(value, dist.group.WORLD if self.world_size > 1 else None)
-
 
 @contextmanager
 def offloading(
@@ -118,10 +97,8 @@ def offloading(
     if precision.compute is torch.float16:
         expected = "float32 or bfloat16 with full_ft_offload, which scales no loss"
         raise InvalidSettingError(setting="dtype", value="float16", expected=expected)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    with _process_group(device, deadline_s):
+    device = device_of_rank(device)
+    with _host_group(device, deadline_s):
         set_seed(seed)
         ranks = current_ranks(deadline_s)
         try:
@@ -131,27 +108,20 @@ def offloading(
 
 
 @contextmanager
-def _process_group(device: torch.device, deadline_s: float) -> Iterator[None]:
-    if dist.is_initialized():
-        if "cpu:" not in str(dist.get_backend_config()):
-            problem = "the process group of this process has no backend for tensors on the host"
-            raise FSDPUnavailableError(
-                problem=problem, fix="make it with init_process_group('cpu:gloo,cuda:nccl')", **_UNMEASURED
-            )
-        yield
+def _host_group(device: torch.device, deadline_s: float) -> Iterator[None]:
+    """A process group that carries tensors of the host too; one of this process alone without a launcher."""
+    if dist.is_initialized() and "cpu:" not in str(dist.get_backend_config()):
+        problem = "the process group of this process has no backend for tensors on the host"
+        raise FSDPUnavailableError(
+            problem=problem, fix="make it with init_process_group('cpu:gloo,cuda:nccl')", **_UNMEASURED
+        )
+    if dist.is_initialized() or launched_ranks(os.environ) is not None:
+        with process_group(device, deadline_s):
+            yield
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=deadline_s)
-    launched = launched_ranks(os.environ)
-    if launched is None:
-        store: Any = importlib.import_module("torch.distributed").HashStore()  # its stubs do not export it
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        try:
-            dist.init_process_group(backend, init_method="env://", timeout=timeout)
-        except RuntimeError as error:
-            problem = f"meet: {str(error).strip().splitlines()[0]}"
-            raise RankLostError(rank=launched[0], world_size=launched[1], problem=problem) from error
+    store: Any = importlib.import_module("torch.distributed").HashStore()  # its stubs do not export it
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=deadline_s))
     try:
         yield
     finally:

@@ -54,7 +54,7 @@ def choose_precision(asked: DtypeChoice, device: torch.device, mode: Mode, *, fp
     if compute is torch.float16 and device.type == "cpu":
         expected = "float32 or bfloat16 on a CPU, which has no loss scaling"
         raise InvalidSettingError(setting="dtype", value="float16", expected=expected)
-    return Precision(compute, compute if mode == "lora" else torch.float32, reason)
+    return Precision(compute, torch.float32 if mode == "full" else compute, reason)
 
 
 def _automatic(device: torch.device) -> tuple[torch.dtype, str]:

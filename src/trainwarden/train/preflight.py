@@ -242,7 +242,8 @@ def advice_sentence(advice: Advice | None) -> str | None:
         return None
     if advice.plan is None or advice.needed_bytes is None:
         return "none of the usual changes makes it fit"
-    names = _listed([change.name for change in advice.changes])
+    plan = advice.plan
+    names = _listed([f"{change.name} ({change.flags(plan)})" for change in advice.changes])
     return f"{names} would bring it to {advice.needed_bytes / 2**30:.2f} GiB"
 
 
@@ -264,7 +265,10 @@ def _prediction_dict(prediction: Prediction) -> dict[str, Any]:
 
 def _advice_dict(advice: Advice) -> dict[str, Any]:
     return {
-        "changes": [{"name": c.name, "cost": c.cost, "how": c.how} for c in advice.changes],
+        "changes": [
+            {"name": c.name, "cost": c.cost, "how": c.flags(advice.plan) if advice.plan else c.how}
+            for c in advice.changes
+        ],
         "plan": None if advice.plan is None else asdict(advice.plan),
         "needed_bytes": advice.needed_bytes,
         "tried": [

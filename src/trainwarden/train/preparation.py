@@ -14,9 +14,11 @@ from trainwarden.errors import ConfigurationError, InvalidSettingError, ModelLoa
 from trainwarden.train import models
 from trainwarden.train.data import EncodedDataset, read_rows, source_name, split_rows
 from trainwarden.train.encode import encode_rows
+from trainwarden.train.gates import device_asked
 from trainwarden.train.hub import Backoff
-from trainwarden.train.precision import Precision
+from trainwarden.train.precision import Precision, choose_device
 from trainwarden.train.publish import publish, read_marker
+from trainwarden.train.quantized import pack, prepare_packed
 from trainwarden.train.rows import Row
 from trainwarden.train.tokenizer import ensure_chat_template
 
@@ -155,13 +157,19 @@ def _model(
             return models.build_model(config, tokenizer, dtype=precision.weights)
 
         model = build() if weights else models.without_weights(build)
-        if trainer.mode == "lora":
+        if trainer.mode != "full":
             notices.append("LoRA on a new model learns little, as its frozen weights are random: use mode full")
             new_base = build
             base = str((Path(trainer.output_dir) / MODEL_FOLDER / BASE_MODEL_FOLDER).resolve())
     else:
-        model = models.load_model(source, dtype=precision.weights, backoff=backoff, say=say, weights=weights)
-    if trainer.mode == "lora":
+        packed_on = choose_device(device_asked(trainer.device, trainer.backend))[0] if trainer.mode == "qlora" else None
+        model = models.load_model(
+            source, dtype=precision.weights, backoff=backoff, say=say, weights=weights, packed_on=packed_on
+        )
+    if trainer.mode == "qlora" and weights:
+        pack(model, precision.compute)
+    if trainer.mode != "full":
+        prepare_packed(model)
         lora = models.LoraSettings(
             trainer.lora_rank, trainer.lora_alpha, trainer.lora_dropout, trainer.lora_target_modules
         )

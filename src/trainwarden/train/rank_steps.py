@@ -43,7 +43,7 @@ class RankStepCollator:
     def __call__(self, rows: Sequence[Encoded]) -> RankStep:
         own = rows[self.rank :: self.world_size]
         batches = micro_batches(own, micro_batch_size=self.micro_batch_size, pad_token_id=self.pad_token_id)
-        targets = sum(_targets(row) for row in rows)
+        targets = sum(targets_of(row) for row in rows)
         shares = [shifted_target_tokens(batch) / targets for batch in batches]
         most_rows = -(-len(rows) // self.world_size)
         missing = -(-most_rows // self.micro_batch_size) - len(batches)
@@ -51,7 +51,8 @@ class RankStepCollator:
         return RankStep(batches, shares + [0.0] * missing, sum(len(row.input_ids) for row in rows))
 
 
-def _targets(row: Encoded) -> int:
+def targets_of(row: Encoded) -> int:
+    """How many tokens of a row the loss is a mean over."""
     return sum(label != IGNORED for label in row.labels[1:])  # a causal model predicts from the second token on
 
 

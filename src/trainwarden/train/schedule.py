@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from trainwarden.train.settings import Schedule
+from trainwarden.train.quantized import adamw_8bit
+from trainwarden.train.settings import OptimizerChoice, Schedule
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -36,9 +37,14 @@ def build_schedule(
 
 
 def build_adamw(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, decaying matrices only, fused where torch can.
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    device: torch.device,
+    kind: OptimizerChoice = "adamw",
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, decaying matrices only, fused where torch can; or that of bitsandbytes.
 
     A fused step lets the guard keep a non-finite gradient from the weights without reading anything from the
     device.
@@ -48,6 +54,7 @@ def build_adamw(
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, fused=device.type in _FUSED_DEVICES
-    )
+    groups = [group for group in groups if group["params"]]
+    if kind == "adamw_8bit":
+        return adamw_8bit(groups, learning_rate=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=device.type in _FUSED_DEVICES)

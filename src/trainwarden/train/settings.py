@@ -12,7 +12,8 @@ from trainwarden.capability import check_fp8_settings
 from trainwarden.errors import InvalidSettingError
 from trainwarden.errors.registry import known_names
 
-Mode = Literal["lora", "full"]
+Mode = Literal["lora", "qlora", "full"]
+OptimizerChoice = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["linear", "cosine", "constant"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
@@ -80,7 +81,7 @@ def _or_auto(rule: Rule) -> Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    "mode": one_of("lora", "full"),
+    "mode": one_of("lora", "qlora", "full"),
     "output_dir": Rule(lambda value: isinstance(value, str | Path) and str(value) != "", "a directory"),
     "max_steps": whole(1),
     "batch_size": _or_auto(whole(1)),
@@ -90,7 +91,7 @@ RULES: Mapping[str, Rule] = {
     "schedule": one_of("linear", "cosine", "constant"),
     "weight_decay": number(0.0),
     "max_grad_norm": number(0.0, above=True, optional=True),
-    "optimizer": one_of("adamw"),
+    "optimizer": one_of("adamw", "adamw_8bit"),
     "seed": whole(0),
     "max_length": whole(2),
     "limit": whole(1, optional=True),
@@ -104,6 +105,8 @@ RULES: Mapping[str, Rule] = {
     "full_ft_offload": flag(),
     "full_ft_ceiling_billions": number(0.0, above=True, optional=True),
     "gradient_checkpointing": flag(),
+    "gradient_checkpointing_if_needed": flag(),
+    "loss_chunk_tokens": whole(1, optional=True),
     "device_memory_bytes": whole(1, optional=True),
     "waive": Rule(_is_codes, "a list of codes of preflight findings"),
     "lora_rank": whole(1),
@@ -116,6 +119,8 @@ RULES: Mapping[str, Rule] = {
     "oom_recovery": flag(),
     "max_shrinks": whole(0),
     "max_skipped_in_a_row": whole(0),
+    "finite_action": one_of("skip", "rollback", "abort"),
+    "spike_action": one_of("announce", "rollback", "abort"),
     "checkpoint_every_steps": whole(1, optional=True),
     "checkpoint_every_s": number(0.0, above=True, optional=True),
     "keep_last": whole(1),
@@ -158,9 +163,15 @@ def _check_hardware_settings(settings: Mapping[str, Any]) -> None:
         if settings["dtype"] not in ("auto", "bfloat16"):
             expected = f"false with dtype {settings['dtype']}: what is not computed in FP8 is computed in bfloat16"
             raise InvalidSettingError(setting="fp8", value=True, expected=expected)
+    if settings["full_ft_offload"] and settings["gradient_checkpointing_if_needed"]:
+        expected = "false with full_ft_offload: its ranks have to gather their weights equally often"
+        raise InvalidSettingError(setting="gradient_checkpointing_if_needed", value=True, expected=expected)
     if settings["full_ft_offload"] and settings["mode"] != "full":
         expected = f"false with mode {settings['mode']}: it offloads the weights of full fine-tuning"
         raise InvalidSettingError(setting="full_ft_offload", value=True, expected=expected)
+    if settings["full_ft_offload"] and settings["optimizer"] != "adamw":
+        expected = "adamw with full_ft_offload: bitsandbytes cannot keep states of weights that lie in pieces"
+        raise InvalidSettingError(setting="optimizer", value=settings["optimizer"], expected=expected)
 
 
 def _shown(value: Any) -> Any:

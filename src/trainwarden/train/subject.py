@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from trainwarden.errors import ConfigurationError, InvalidSettingError, ModelLoadError
 from trainwarden.memory.architecture import DecoderArchitecture, UnknownArchitectureError, architecture_of
-from trainwarden.memory.plan import DtypeName, Mode, TrainingPlan
-from trainwarden.train.models import quiet_torchao
+from trainwarden.memory.plan import DtypeName, Mode, OptimizerName, TrainingPlan
+from trainwarden.train.models import quiet_torchao, without_collections
+from trainwarden.train.settings import OptimizerChoice
 
 if TYPE_CHECKING:
     from trainwarden.train.config import TrainConfig
 
+OPTIMIZERS: Mapping[OptimizerChoice, OptimizerName] = {"adamw": "adamw_fused", "adamw_8bit": "adamw_8bit"}
+"""What a plan calls the optimizers of a `Trainer`."""
 _YAML = (".yaml", ".yml")
 MOST_TOKENS = 1_048_576
 """Sequences that are looked at."""
@@ -134,6 +137,8 @@ def _of_yaml(path: Path, overrides: Sequence[str], *, bfloat16: bool) -> Subject
         micro_batch_size=trainer.batch_size if isinstance(trainer.batch_size, int) else 1,
         grad_accum_steps=trainer.grad_accum_steps,
         checkpointing=trainer.gradient_checkpointing,
+        optimizer=OPTIMIZERS[trainer.optimizer],
+        loss_chunk_tokens=trainer.loss_chunk_tokens,
         offload=trainer.full_ft_offload,
         lora_rank=model.lora_rank,
         lora_dropout=model.lora_dropout,
@@ -207,7 +212,7 @@ def complete(place: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the defaults of its type. A type that transformers lacks stays as it is written."""
     from huggingface_hub.errors import StrictDataclassError
 
-    with quiet_torchao():
+    with quiet_torchao(), without_collections():
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
