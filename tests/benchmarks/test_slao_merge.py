@@ -20,27 +20,33 @@ def test_each_input_is_read_once_and_the_result_written_once() -> None:
     assert slao_merge.touched_bytes(one, half) == 2 * 40 + 20
 
 
+TIMES = {"old": [1.0, 2.0], "new": [3.0, 6.0], "float32 old": [2.0, 4.0], "float32 new": [3.0, 6.0]}
+
+
 def test_the_share_is_that_of_the_bandwidth_of_a_copy_in_the_same_round() -> None:
-    row = slao_merge._row("float32", [2.0, 4.0], [1.0, 2.0], need_bytes=300, copied_bytes=100)
-    assert row["share"] == 0.75
-    assert row["share_range"] == [0.75, 0.75]
+    row = slao_merge._row("float32", "old", TIMES, need_bytes=300, copied_bytes=100)
+    assert (row["share_of_old"], row["share_of_new"]) == (0.75, 2.25)
+    assert row["share_of_old_range"] == [0.75, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("memory", "need_bytes", "kept"), [("old", 200, True), ("old", 199, False), ("new", 100, True)]
+)
+def test_half_of_the_bandwidth_of_a_copy_into_the_same_kind_of_memory_is_required(
+    memory: str, need_bytes: int, kept: bool
+) -> None:
+    assert slao_merge.holds(slao_merge._row("float32", memory, TIMES, need_bytes, 100)) is kept
 
 
 def test_a_small_set_is_measured_and_its_table_made(tmp_path: Path) -> None:
     result = slao_merge.measure(0, rounds=2, layers=1)
     result["apart_s"] = slao_merge.apart(0, tmp_path / "merged", layers=1)
-    assert [row["adapter"] for row in result["rows"]] == ["float32", "bfloat16", "float32, first"]
-    assert all(row["share"] > 0 for row in result["rows"])
+    assert [(row["adapter"], row["memory"]) for row in result["rows"]] == [
+        ("float32", "old"),
+        ("bfloat16", "old"),
+        ("float32", "new"),
+        ("bfloat16", "new"),
+    ]
+    assert all(row["share_of_old"] > 0 for row in result["rows"])
     assert len(result["apart_s"]) == 4
-    assert slao_merge.table(result).count("\n|") >= 8
-
-
-def test_freed_memory_is_kept_after_a_new_start_and_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[dict[str, str]] = []
-    monkeypatch.setattr(slao_merge.os, "execve", lambda path, arguments, env: started.append(env))
-    slao_merge.keep_freed_memory()
-    [env] = started
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        monkeypatch.setenv(name, env[name])
-    slao_merge.keep_freed_memory()
-    assert len(started) == 1
+    assert slao_merge.table(result).count("\n|") >= 9

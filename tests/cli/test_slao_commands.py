@@ -193,7 +193,7 @@ def test_a_merge_that_was_killed_before_its_export_says_how_to_finish_it(work: P
     assert capsys.readouterr().out == "nothing has been merged into n yet\n"
 
 
-@pytest.mark.parametrize("arguments", [["slao", "--help"], ["slao", "merge", "--help"], ["slao", "history", "--help"]])
+@pytest.mark.parametrize("arguments", [["slao", "--help"], ["slao", "merge", "--help"], ["slao", "run", "--help"]])
 def test_help_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom trainwarden.cli.main import main\nmain(sys.argv[1:])\n"

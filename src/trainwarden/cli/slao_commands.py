@@ -1,7 +1,8 @@
-"""``warden slao``: merge saved adapters one after the other, look at what was merged, and go back."""
+"""``warden slao``: train and merge task after task, merge saved adapters, look at what was merged, and go back."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -14,9 +15,10 @@ from trainwarden.cli.output import Output
 
 if TYPE_CHECKING:
     from trainwarden.slao import Record, SlaoStore
+    from trainwarden.slao.campaign_result import CampaignResult, TaskOutcome
 
 slao_app = typer.Typer(
-    help="Merge adapters one after the other into one (continual LoRA merging).",
+    help="Train adapters task after task and merge them into one (continual LoRA merging).",
     rich_markup_mode=None,
     add_completion=False,
 )
@@ -40,6 +42,85 @@ class Schedule(StrEnum):
     INVERSE = "inverse"
     INVERSE_LOG = "inverse_log"
     CONSTANT = "constant"
+
+
+@slao_app.command("run")
+@with_common_options
+def run_campaign(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/slao.yaml.")],
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-o", "--override", metavar="KEY=VALUE", help="A setting, such as tasks.law.trainer.max_steps=50."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show every setting and where it comes from; train nothing.")
+    ] = False,
+) -> None:
+    """Train on one data set after the other, as CONFIG says, and merge each adapter into one.
+
+    Each task is a run of its own in OUTPUT_DIR/tasks; the merged adapter is in OUTPUT_DIR/merged. Stopped anywhere
+    (Ctrl-C: 75), the same command goes on; what is done is not done again. With on_failure: stop the failure of a task
+    ends the campaign; with continue the others go on and the status is 85.
+    """
+    from trainwarden.errors import PartialBatchError
+    from trainwarden.report.console import Console
+    from trainwarden.slao.campaign import Campaign
+    from trainwarden.slao.campaign_config import load_campaign
+
+    out = _output(context)
+    loaded = load_campaign(config, override or [])
+    if dry_run:
+        out.show(lambda: _settings_text(loaded.rows), loaded.to_dict)
+        return
+    words = ["warden", "slao", "run", str(config), *(word for one in override or [] for word in ("-o", one))]
+    with Console() as console:
+        campaign = Campaign(loaded, observers=[console], command=shlex.join(words))
+        try:
+            result = campaign.run()
+        except PartialBatchError:
+            if not out.json:  # the failure, which lists the tasks, is then the one document
+                print(_campaign_text(campaign.result()))
+            raise
+    out.show(lambda: _campaign_text(result), result.to_dict)
+
+
+def _settings_text(rows: Sequence[tuple[str, object, str]]) -> str:
+    from trainwarden.report import text
+
+    shown = [(key, "null" if value is None else str(value), source) for key, value, source in rows]
+    return text.table(("SETTING", "VALUE", "FROM"), shown)
+
+
+def _campaign_text(result: CampaignResult) -> str:
+    from trainwarden.report import text
+
+    names = [task.name for task in result.tasks]
+    headers = ["TASK", "STATE", "WEIGHT", "SNAPSHOT", *(f"LOSS {name}" for name in names), "RUN"]
+    rows = [_campaign_row(task, names) for task in result.tasks]
+    right = frozenset({"WEIGHT", "SNAPSHOT", *(f"LOSS {name}" for name in names)})
+    merged = sum(task.state == "merged" for task in result.tasks)
+    return (
+        f"{text.table(headers, rows, right)}\n\n"
+        f"{result.merged_path} holds {_adapters(merged)} merged into one. "
+        f'Load it with PeftModel.from_pretrained(model, "{result.merged_path}").'
+    )
+
+
+def _campaign_row(task: TaskOutcome, names: Sequence[str]) -> list[str]:
+    from trainwarden.report import text
+
+    losses = task.losses or {}
+    return [
+        task.name,
+        task.code or task.state,
+        "-" if task.weight is None else f"{task.weight:.4f}",
+        "-" if task.snapshot is None else str(task.snapshot),
+        *(text.number(losses[name]) if name in losses else "-" for name in names),
+        task.run_dir or "-",
+    ]
 
 
 @slao_app.command("merge")

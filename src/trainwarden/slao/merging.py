@@ -14,6 +14,7 @@ from torch import Tensor
 from trainwarden.errors import SLAOMergeDivergedError
 
 from .adapter import refuse
+from .arena import room_for
 from .checks import accumulator_problems, fit_problems, layout_problems
 from .factors import Kind, State, kind_of, short
 from .gate import judge
@@ -27,7 +28,7 @@ class MergeResult:
     """A new accumulator.
 
     Attributes:
-        tensors: float32, sharing no memory with the inputs.
+        tensors: float32, sharing no memory with the inputs; on the CPU they lie in one block, without overlap.
         index: how many adapters are in it.
         weight: λ of the newest; 1 for the first.
         norms: of each tensor, before, incoming and after.
@@ -43,7 +44,7 @@ class MergeResult:
 def begin(adapter: State, *, source: str = "adapter") -> MergeResult:
     """The accumulator that the first adapter makes: itself, in float32. Raises as `merge`."""
     refuse(source, layout_problems(adapter), 1)
-    tensors = {key: value.to(torch.float32, copy=True) for key, value in adapter.items()}
+    tensors = {key: room.copy_(adapter[key]) for key, room in room_for(adapter).items()}
     found = norms_of([square_sum(value) for value in tensors.values()], list(tensors.values()))
     norms = tuple(TensorNorms(key, norm, norm, norm) for key, norm in zip(tensors, found, strict=True))
     for norm in norms:
@@ -89,42 +90,35 @@ def merge(
 def _merged(
     accumulator: State, adapter: State, index: int, weight: float, policy: MergePolicy, source: str
 ) -> MergeResult:
-    tensors: dict[str, Tensor] = {}
+    tensors = room_for(accumulator)
     squares: list[Tensor] = []
     looked_at: list[Tensor] = []
     for key, before in accumulator.items():
+        after, incoming = tensors[key], adapter[key]
         replaced = policy.mode == "slao" and kind_of(key) in (Kind.A, Kind.MAGNITUDE)
-        incoming = adapter[key].to(before.device, torch.float32, copy=replaced)
+        if replaced or incoming.dtype != torch.float32 or incoming.device != before.device:
+            incoming = after.copy_(incoming)
         # Next to its arithmetic a tensor is in the cache: the looks at it cost little more.
         arrived = square_sum(incoming)
-        if replaced:
-            after, result = incoming, arrived
-        else:
-            after = _combined(before, incoming, key, weight, policy, into=_own(incoming, adapter[key]))
-            result = square_sum(after)
-        squares += [square_sum(before), arrived, result]
+        if not replaced:
+            _combine(before, incoming, key, weight, policy, into=after)
+        squares += [square_sum(before), arrived, arrived if replaced else square_sum(after)]
         looked_at += [before, adapter[key], after]
-        tensors[key] = after
     found = norms_of(squares, looked_at)
     norms = tuple(TensorNorms(key, *found[3 * i : 3 * i + 3]) for i, key in enumerate(tensors))
     _judge(norms, accumulator, adapter, tensors, index=index, policy=policy, source=source)
     return MergeResult(tensors, index, weight, norms)
 
 
-def _own(cast: Tensor, original: Tensor) -> Tensor | None:
-    """The memory of a cast, which is nobody else's: a result may take it."""
-    return None if cast.data_ptr() == original.data_ptr() else cast
-
-
-def _combined(
-    before: Tensor, incoming: Tensor, key: str, weight: float, policy: MergePolicy, *, into: Tensor | None
-) -> Tensor:
-    if kind_of(key) in (Kind.A, Kind.B):
-        if policy.mode == "ties":
-            return ties(before, incoming, weight, policy.density)
-        if policy.mode == "dare":
-            return dare(before, incoming, weight, policy.density)
-    return torch.lerp(before, incoming, weight, out=into)
+def _combine(before: Tensor, incoming: Tensor, key: str, weight: float, policy: MergePolicy, *, into: Tensor) -> None:
+    """``into`` may be ``incoming`` itself."""
+    pruned = kind_of(key) in (Kind.A, Kind.B)
+    if pruned and policy.mode == "ties":
+        into.copy_(ties(before, incoming, weight, policy.density))
+    elif pruned and policy.mode == "dare":
+        into.copy_(dare(before, incoming, weight, policy.density))
+    else:
+        torch.lerp(before, incoming, weight, out=into)
 
 
 def _judge(
