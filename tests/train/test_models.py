@@ -47,6 +47,11 @@ def test_a_directory_is_loaded_in_the_asked_type(llama_dir: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_adapters_are_added_without_a_warning_that_its_reader_cannot_help(llama_dir: Path) -> None:
+    assert any("lora_" in name for name, _ in add_lora(load(llama_dir), LORA, base=None).named_parameters())
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
 def test_a_missing_directory_is_not_asked_of_the_hub(name: str) -> None:
     with pytest.raises(ModelLoadError, match="no such directory") as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -249,7 +250,10 @@ def add_lora(model: Any, lora: LoraSettings, *, base: str | None) -> Any:
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft (0.21) asks transformers (5.23) by a name that the one will drop and the other's users cannot help
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         shown = modules if isinstance(modules, str) else list(modules)
         expected = f"modules that the model has ({first_line(error)})"
