@@ -103,8 +103,9 @@ def test_its_help_and_the_list_of_commands_name_it(capsys: Captured) -> None:
 
 
 ON_ITS_OWN_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits it ignored
 from trainwarden.cli.main import main
 sys.exit(main())
 """
