@@ -56,6 +56,16 @@ def test_a_parameter_of_no_model_is_named_by_its_place() -> None:
     assert look(nn.Identity(), torch.optim.SGD([stray], lr=0.1)) == ("optimizer.groups[0].params[0]", "nan")
 
 
+def test_a_weight_whose_memory_was_given_back_is_left_out() -> None:
+    """As FSDP leaves the gathered weights; an optimizer built while they were there still holds them."""
+    model, optimizer = trained()
+    model[0].weight.untyped_storage().resize_(0)
+    assert look(model, optimizer) is None
+    with torch.no_grad():
+        model[3].weight[0, 7] = math.nan
+    assert look(model, optimizer) == ("model.3.weight", "nan")
+
+
 def test_counters_and_other_states_of_another_size_are_not_looked_at() -> None:
     model, optimizer = trained()
     optimizer.state[model[0].weight]["best"] = torch.tensor(math.inf)

@@ -19,7 +19,7 @@ def first_bad_state(
     Frozen parameters and buffers are not looked at: a mask may hold infinities on purpose. Of the optimizer's state,
     tensors of their parameter's size are. One reduction; an exact pass only when that raises an alarm.
     """
-    named = list(_named(models, optimizers))
+    named = [(name, tensor) for name, tensor in _named(models, optimizers) if _has_memory(tensor)]
     return None if looks_finite([tensor for _, tensor in named]) else first_named(named)
 
 
@@ -44,6 +44,13 @@ def looks_finite(tensors: Sequence[Tensor]) -> bool:
         if not bool(torch.stack(list(norms)).isfinite().all()):
             return False
     return True
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for a gathered FSDP weight that was put away again: reading its memory would end the process."""
+    values = values_of(tensor)
+    plain = type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided
+    return not plain or values.numel() == 0 or values.untyped_storage().nbytes() > 0
 
 
 def _named(
