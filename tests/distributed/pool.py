@@ -126,6 +126,7 @@ def _call(function: Callable[..., Any], rank: int, world_size: int, store: str, 
         world_size=world_size,
         timeout=datetime.timedelta(seconds=DEADLINE_S / 2),
     )
+    dist.barrier()  # a function that ends at once would close connections that another rank has still to make
     try:
         return function(rank=rank, **arguments)
     except Exception as error:  # noqa: BLE001 - the test wants to see it, whatever it is

@@ -152,6 +152,9 @@ def process_group(device: torch.device, deadline_s: float) -> Iterator[None]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=deadline_s))
+        # Nobody goes on before all are there: a rank that is refused at once would close connections still to be made,
+        # and the others would tell of a lost rank instead of the refusal.
+        dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
         problem = f"meet: {str(error).strip().splitlines()[0]}"
         raise RankLostError(rank=launched[0], world_size=launched[1], problem=problem) from error
