@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,26 @@ def prepare_process(warden_home: str) -> None:
     """One torch thread, no network, and a ledger of its own, so that nothing of the user's is read or written."""
     os.environ.update(WARDEN_HOME=warden_home, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
+
+
+def observed_trainer(
+    compute_loss: Callable[[Any], torch.Tensor], watch: Callable[[torch.optim.Optimizer], None]
+) -> Any:
+    """A transformers ``Trainer`` class with this loss; ``watch`` is told of every optimizer that it makes."""
+    from transformers import Trainer
+
+    class ObservedTrainer(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: torch.nn.Module, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
+            return compute_loss(inputs)
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            fresh = self.optimizer is None
+            optimizer = super().create_optimizer(*args, **kwargs)
+            if fresh:
+                watch(optimizer)
+            return optimizer
+
+    return ObservedTrainer
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -289,21 +289,10 @@ def accelerate_loop(record: Record, texts: Dataset[torch.Tensor]) -> None:
 
 
 def transformers_loop(record: Record, texts: Dataset[torch.Tensor]) -> None:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     model = LanguageModel(record.seed)
-    compute = record.compute_loss(model)
-
-    class CountingTrainer(Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
-            return compute(inputs)
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            fresh = self.optimizer is None
-            optimizer = super().create_optimizer(*args, **kwargs)
-            if fresh:
-                record.watch(optimizer)
-            return optimizer
+    trainer_class = benchkit.observed_trainer(record.compute_loss(model), record.watch)
 
     class Limit(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -318,7 +307,7 @@ def transformers_loop(record: Record, texts: Dataset[torch.Tensor]) -> None:
             train_sampling_strategy="sequential", use_cpu=True, logging_strategy="no", save_strategy="no",
             report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
         )  # fmt: skip
-        CountingTrainer(
+        trainer_class(
             model=model, args=arguments, train_dataset=texts, data_collator=record.collate, callbacks=[Limit()]
         ).train()
         lift_limit()

@@ -231,21 +231,10 @@ def _train(record: Record, model: nn.Module, optimizer: Any, scheduler: Any, bat
 
 
 def _transformers(record: Record, **length: int) -> nn.Module:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     model = Network(record.seed)
-    compute = record.limited(model)
-
-    class LimitedTrainer(Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
-            return compute(inputs)
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            fresh = self.optimizer is None
-            optimizer = super().create_optimizer(*args, **kwargs)
-            if fresh:
-                record.watch(optimizer)
-            return optimizer
+    trainer_class = benchkit.observed_trainer(record.limited(model), record.watch)
 
     class NoteAttempts(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -259,7 +248,7 @@ def _transformers(record: Record, **length: int) -> nn.Module:
             save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
             dataloader_pin_memory=False, **length,
         )  # fmt: skip
-        LimitedTrainer(
+        trainer_class(
             model=model, args=arguments, train_dataset=Samples(record.seed), callbacks=[NoteAttempts()]
         ).train()
     return model

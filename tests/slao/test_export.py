@@ -59,17 +59,18 @@ def test_weights_never_stand_beside_a_configuration_that_is_not_theirs(
     """A new chain with another rank into an old output: killed anywhere, both files fit or one is gone."""
     store = store_with(tmp_path / "m", 1)
     seen = []
-    real = export._replace
+    real = export.replace_file
 
-    def look(directory: Path, name: str, pieces: object) -> object:
-        done = real(directory, name, pieces)  # type: ignore[arg-type]
+    def look(path: Path, pieces: object) -> object:
+        done = real(path, pieces)  # type: ignore[arg-type]
+        directory = path.parent
         if (directory / WEIGHTS).exists() and (directory / CONFIG).exists():
             rank = json.loads((directory / CONFIG).read_text())["r"]
             key = next(key for key in load_file(directory / WEIGHTS) if "lora_A" in key)
             seen.append((rank, load_file(directory / WEIGHTS)[key].shape[0]))
         return done
 
-    monkeypatch.setattr(export, "_replace", look)
+    monkeypatch.setattr(export, "replace_file", look)
     head = store.current()
     from trainwarden.slao.transaction import propose_first
 

@@ -38,6 +38,23 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     return FileRecord(size_bytes, digest.hexdigest())
 
 
+def replace_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
+    """`write_file` in place of what is there, whole or not at all; the name is on the disk after `fsync_directory`.
+
+    Raises OSError.
+    """
+    unfinished = path.with_name(unfinished_name(path.name))
+    unfinished.unlink(missing_ok=True)  # of a process that was killed here
+    record = write_file(unfinished, pieces)
+    unfinished.rename(path)
+    return record
+
+
+def unfinished_name(name: str) -> str:
+    """What a file is called until `replace_file` has all of it."""
+    return f".{name}.tmp"
+
+
 def fsync_directory(directory: Path) -> None:
     """Wait until the disk has the names in `directory`. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

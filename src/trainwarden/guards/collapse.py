@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Literal
 
-from trainwarden.errors import InvalidSettingError
+from trainwarden.guards.settings import require
+
+_require = partial(require, "collapse")
 
 Criterion = Literal["variance", "effective_rank", "pairwise_distance"]
 CRITERIA: tuple[Criterion, ...] = ("variance", "effective_rank", "pairwise_distance")
@@ -109,8 +112,3 @@ class CollapsePolicy:
             return state, None
         criterion = CRITERIA[worst]
         return replace(state, told=True), Collapse(criterion, values[criterion], thresholds[criterion], low[worst])
-
-
-def _require(condition: bool, setting: str, value: object, expected: str) -> None:
-    if not condition:
-        raise InvalidSettingError(setting=f"collapse.{setting}", value=value, expected=expected)

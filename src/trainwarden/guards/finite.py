@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
-from trainwarden.errors import InvalidSettingError
+from trainwarden.guards.settings import require
+
+_require = partial(require, "finite")
 
 What = Literal["loss", "gradient"]
 Kind = Literal["nan", "+inf", "-inf", "inf"]
@@ -151,8 +154,3 @@ class FinitePolicy:
         if share is not None and len(history.recent) > share * self.share_window_steps:
             return FiniteVerdict(ending, "share", history.recent[0])
         return None
-
-
-def _require(condition: bool, setting: str, value: object, expected: str) -> None:
-    if not condition:
-        raise InvalidSettingError(setting=f"finite.{setting}", value=value, expected=expected)

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
-from trainwarden.errors import InvalidSettingError
+from trainwarden.guards.settings import require
+
+_require = partial(require, "spikes")
 
 SpikeAction = Literal["announce", "rollback", "abort"]
 Signal = Literal["loss", "grad_norm"]
@@ -181,8 +184,3 @@ def _refreshed(state: SignalState) -> SignalState:
 def _median(ordered: Sequence[float]) -> float:
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
-def _require(condition: bool, setting: str, value: object, expected: str) -> None:
-    if not condition:
-        raise InvalidSettingError(setting=f"spikes.{setting}", value=value, expected=expected)

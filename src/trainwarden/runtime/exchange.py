@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainwarden.errors import InvalidSettingError
-from trainwarden.runtime.ranks import rank_lost
+from trainwarden.runtime.ranks import reachable
 
 BUCKET_BYTES = 25 * 2**20
 """DDP's ``bucket_cap_mb``."""
@@ -93,7 +93,7 @@ class GradientExchange:
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
             bucket.flat = bucket.work = None
-        with _reachable("broadcast of buffers"):
+        with reachable("broadcast of buffers"):
             for model in self._models:
                 if model.broadcast_buffers:
                     for buffer in model.module.buffers():
@@ -133,14 +133,14 @@ class GradientExchange:
             self._send(self._buckets[self._sent])
         device = self._buckets[0].parameters[0].device if self._buckets else torch.device("cpu")
         losses = torch.zeros((), device=device) if loss is None else loss.detach().to(device, torch.float32, copy=True)
-        with _reachable("gradient exchange"):
+        with reachable("gradient exchange"):
             summed = dist.all_reduce(losses, group=self._group, async_op=True)
         for bucket in self._buckets:
-            with _reachable("gradient exchange"):
+            with reachable("gradient exchange"):
                 bucket.work.wait()
             self._receive(bucket)
             bucket.flat = bucket.work = None
-        with _reachable("gradient exchange"):
+        with reachable("gradient exchange"):
             summed.wait()
         return losses
 
@@ -154,7 +154,7 @@ class GradientExchange:
 
     def _send(self, bucket: _Bucket) -> None:
         bucket.flat = _flattened(bucket.parameters, 1.0 / self._world_size)
-        with _reachable("gradient exchange"):
+        with reachable("gradient exchange"):
             bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
         self._sent += 1
 
@@ -235,11 +235,3 @@ def _flattened(parameters: Sequence[nn.Parameter], share: float) -> Tensor:
         else:
             torch.mul(gradient, share, out=place.view_as(parameter))
     return flat
-
-
-@contextmanager
-def _reachable(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # a collective fails when a rank is gone or silent
-        raise rank_lost(error, doing) from error

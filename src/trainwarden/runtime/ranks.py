@@ -96,24 +96,24 @@ class ProcessRanks:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._deadline_s = deadline_s
-        with self._reachable("meet"):
+        with reachable("meet"):
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=deadline_s))
 
     def vote(self, wishes: Wish) -> Wish:
         bits = torch.tensor([int(wishes)], dtype=torch.int64)
-        with self._reachable("vote"):
+        with reachable("vote"):
             dist.all_reduce(bits, op=dist.ReduceOp.BOR, group=self._group)
         return Wish(int(bits[0]))
 
     def largest(self, count: int) -> int:
         counts = torch.tensor([count], dtype=torch.int64)
-        with self._reachable("count"):
+        with reachable("count"):
             dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._group)
         return int(counts[0])
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.world_size
-        with self._reachable("gather"):
+        with reachable("gather"):
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -141,21 +141,28 @@ class ProcessRanks:
             dist.destroy_process_group(self._group)
 
     def _say(self, outcome: Any) -> None:
-        with self._reachable("tell"):
+        with reachable("tell"):
             dist.broadcast_object_list([outcome], src=0, group=self._group)
 
     def _hear(self) -> Any:
         heard: list[Any] = [None]
-        with self._reachable("listen"):
+        with reachable("listen"):
             dist.broadcast_object_list(heard, src=0, group=self._group)
         return heard[0]
 
-    @contextmanager
-    def _reachable(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # gloo: connection closed, reset, or the deadline
-            raise rank_lost(error, doing) from error
+
+@contextmanager
+def reachable(doing: str, *, is_failure: Callable[[RuntimeError], bool] = lambda _error: True) -> Iterator[None]:
+    """Makes a `RankLostError` of a collective that fails inside: connection closed, reset, or the deadline.
+
+    ``is_failure`` tells it from other errors where not everything inside is a collective.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_failure(error):
+            raise
+        raise rank_lost(error, doing) from error
 
 
 def rank_lost(error: BaseException, doing: str) -> RankLostError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trainwarden.checkpoint.durable import fsync_directory, save_errors, write_file
+from trainwarden.checkpoint.durable import fsync_directory, replace_file, save_errors
 from trainwarden.checkpoint.layout import is_checkpoint, slots_in
 from trainwarden.checkpoint.removal import remove_checkpoint
 from trainwarden.errors import CheckpointError
@@ -41,12 +41,9 @@ def read(run_dir: Path) -> list[Rollback]:
 def write(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:
     """Writes all returns, whole or not at all, and waits for the disk. Raises DiskFullError or CheckpointError."""
     path = run_dir / FILE
-    temporary = path.with_suffix(".tmp")
     text = json.dumps({"rollbacks": [rollback.to_dict() for rollback in rollbacks]}, indent=1)
     with save_errors(path, needed_bytes=len(text)):
-        temporary.unlink(missing_ok=True)  # of a start that was killed here
-        write_file(temporary, [text.encode()])
-        temporary.rename(path)
+        replace_file(path, [text.encode()])
         fsync_directory(run_dir)
 
 

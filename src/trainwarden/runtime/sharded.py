@@ -7,15 +7,14 @@ in one process. Everything here that says collective is called by all ranks, in 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainwarden.runtime.ranks import is_rank_failure, rank_lost
+from trainwarden.runtime.ranks import is_rank_failure, reachable
 
 
 def is_sharded(value: Any) -> bool:
@@ -71,7 +70,7 @@ def whole(tensor: Any) -> Tensor | None:
     piece = local(tensor)
     if mesh.size() == 1:
         return piece
-    with reachable("gather of the state"):
+    with reachable("gather of the state", is_failure=is_rank_failure):
         if mesh.ndim > 1 or not tensor.placements[0].is_shard(0):
             everything: Tensor = tensor.detach().full_tensor()
             return everything.cpu() if dist.get_rank() == 0 else None
@@ -152,7 +151,7 @@ def spread(model: nn.Module, everything: dict[str, Tensor]) -> None:
     emptied on the way, and no rank holds more of a parameter than its piece and, on rank 0, the whole. Buffers become
     those of rank 0.
     """
-    with reachable("distribution of the weights"):
+    with reachable("distribution of the weights", is_failure=is_rank_failure):
         for name, parameter in model.named_parameters():
             _scatter_rows(parameter, everything.pop(name) if dist.get_rank() == 0 else None)
         for buffer in model.buffers():
@@ -207,7 +206,7 @@ def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return value
     total = _carried(value, group).clone()
-    with reachable("sum over the ranks"):
+    with reachable("sum over the ranks", is_failure=is_rank_failure):
         dist.all_reduce(total, group=group)
     return total.to(value.device)
 
@@ -215,14 +214,3 @@ def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def _carried(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensor where the group's backends can take it: NCCL alone takes nothing from the host."""
     return tensor if f"{tensor.device.type}:" in str(dist.get_backend_config(group)) else tensor.cuda()
-
-
-@contextmanager
-def reachable(doing: str) -> Iterator[None]:
-    """Makes a `RankLostError` of a collective that fails inside because another rank is gone or silent."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_rank_failure(error):
-            raise
-        raise rank_lost(error, doing) from error

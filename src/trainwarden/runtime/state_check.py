@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainwarden.guards.finite import Kind
 from trainwarden.runtime.culprit import first_named, values_of
+from trainwarden.runtime.finite_check import norms_of
 
 
 def first_bad_state(
@@ -38,10 +39,7 @@ def looks_finite(tensors: Sequence[Tensor]) -> bool:
     for (_, dtype), values in kinds.items():
         if dtype.itemsize == 1:  # torch (2.13) reduces no 8-bit floats
             return False
-        # In float32, since a half-precision norm overflows above 65,504; wider values keep their own type.
-        wide = dtype.itemsize > 4 or dtype.is_complex
-        norms = torch._foreach_norm(values, 2, None if wide else torch.float32)
-        if not bool(torch.stack(list(norms)).isfinite().all()):
+        if not bool(torch.stack(norms_of(values)).isfinite().all()):
             return False
     return True
 

@@ -9,14 +9,13 @@ DIR/snapshots/step-00000003/…
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainwarden.checkpoint.durable import fsync_directory, refuse_if_full, save_errors, write_file
-from trainwarden.checkpoint.manifest import FileRecord
+from trainwarden.checkpoint.durable import fsync_directory, refuse_if_full, replace_file, save_errors, unfinished_name
 from trainwarden.checkpoint.tensorfile import file_bytes, serialise
 from trainwarden.errors import InvalidSettingError
 from trainwarden.train.publish import MARKER, read_marker
@@ -37,7 +36,7 @@ def require_ours(directory: Path) -> None:
     """Refuses a directory with anything in it that merging did not write. Raises InvalidSettingError."""
     if not directory.exists() or is_ours(directory):
         return
-    if not directory.is_dir() or any(item.name != _temporary(MARKER) for item in directory.iterdir()):
+    if not directory.is_dir() or any(item.name != unfinished_name(MARKER) for item in directory.iterdir()):
         expected = "a new directory, or one that an earlier merge wrote"
         suggestion = "Choose another directory; nothing in this one was touched."
         raise InvalidSettingError(setting="output", value=str(directory), expected=expected, suggestion=suggestion)
@@ -80,8 +79,8 @@ def export(directory: Path, snapshot: Snapshot) -> None:
         if _content(directory / CONFIG_FILE) != config:
             (directory / WEIGHTS_FILE).unlink(missing_ok=True)
             fsync_directory(directory)
-        files[CONFIG_FILE] = _replace(directory, CONFIG_FILE, [config])
-        files[WEIGHTS_FILE] = _replace(directory, WEIGHTS_FILE, serialise(tensors))
+        files[CONFIG_FILE] = replace_file(directory / CONFIG_FILE, [config])
+        files[WEIGHTS_FILE] = replace_file(directory / WEIGHTS_FILE, serialise(tensors))
         fsync_directory(directory)
         listed = {name: record.sha256 for name, record in files.items()}
         sizes = {name: asdict(record)["size_bytes"] for name, record in files.items()}
@@ -91,16 +90,8 @@ def export(directory: Path, snapshot: Snapshot) -> None:
         )
 
 
-def _replace(directory: Path, name: str, pieces: Iterable[bytes | memoryview]) -> FileRecord:
-    unfinished = directory / _temporary(name)
-    unfinished.unlink(missing_ok=True)
-    record = write_file(unfinished, pieces)
-    unfinished.rename(directory / name)
-    return record
-
-
 def _write_marker(directory: Path, content: Mapping[str, Any]) -> None:
-    _replace(directory, MARKER, [(json.dumps(content, indent=2) + "\n").encode()])
+    replace_file(directory / MARKER, [(json.dumps(content, indent=2) + "\n").encode()])
     fsync_directory(directory)
 
 
@@ -108,7 +99,3 @@ def _content(path: Path) -> bytes | None:
     with suppress(OSError):
         return path.read_bytes()
     return None
-
-
-def _temporary(name: str) -> str:
-    return f".{name}.tmp"

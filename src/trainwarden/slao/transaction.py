@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainwarden.checkpoint.durable import fsync_directory, save_errors, write_file
+from trainwarden.checkpoint.durable import fsync_directory, replace_file, save_errors
 from trainwarden.errors import SLAOMergeDivergedError
 
 from .adapter import LINEAGE_FILE, Adapter, adapter_of, check, read_adapter, refuse
@@ -199,10 +199,7 @@ def record_lineage(directory: str | Path, start: Start | None) -> None:
     path = Path(directory) / LINEAGE_FILE
     content = json.dumps({"started_from": start.started_from, "index": start.index}, indent=2) + "\n"
     with save_errors(path, needed_bytes=len(content)):
-        unfinished = path.with_name(f".{LINEAGE_FILE}.tmp")
-        unfinished.unlink(missing_ok=True)
-        write_file(unfinished, [content.encode()])
-        unfinished.rename(path)
+        replace_file(path, [content.encode()])
         fsync_directory(path.parent)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,8 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainwarden.capability.distributed import launched_ranks
 from trainwarden.errors import InvalidSettingError, RankLostError, WardenError
-from trainwarden.runtime.ranks import DEFAULT_DEADLINE_S, Ranks, current_ranks, leave_together
-from trainwarden.runtime.sharded import reachable, summed
+from trainwarden.runtime.ranks import (
+    DEFAULT_DEADLINE_S,
+    Ranks,
+    current_ranks,
+    is_rank_failure,
+    leave_together,
+    reachable,
+)
+from trainwarden.runtime.sharded import summed
 from trainwarden.train.precision import Precision
 
 T = TypeVar("T")
@@ -84,7 +91,7 @@ class DataParallel(Processes):
 
     def prepare(self, what: Any) -> Any:
         """As accelerate does; a model of several ranks is wrapped in DDP and has rank 0's weights. Collective then."""
-        with reachable("spreading the weights"):
+        with reachable("spreading the weights", is_failure=is_rank_failure):
             prepared = self.accelerator.prepare(what)
         if self.world_size == 1 and isinstance(prepared, DistributedDataParallel):
             return prepared.module  # a launcher has started one process: its reducer would forbid a second attempt
@@ -113,7 +120,7 @@ def data_parallel(
     """
     _check_launcher()
     launched = launched_ranks(os.environ) is not None
-    with process_group(device, deadline_s) if launched else _nothing():
+    with process_group(device, deadline_s) if launched else nullcontext():
         ranks = current_ranks(deadline_s)
         try:
             with _accelerator(device, precision, seed) as accelerator:
@@ -121,11 +128,6 @@ def data_parallel(
                 yield DataParallel(accelerator, ranks, seed)
         finally:
             ranks.close()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def device_of_rank(device: torch.device) -> torch.device:
